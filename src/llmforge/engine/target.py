@@ -1,0 +1,79 @@
+"""What a target is: the `Target` and `Executable` protocols, and the registry of targets."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from llmforge.comm import Comm
+from llmforge.engine.step import Limits, StepBatch, StepResult
+from llmforge.errors import SettingsError, TargetError
+from llmforge.model.graph import Graph, Parameter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Weights(Protocol):
+    """Where a target takes a rank's weights from while it compiles."""
+
+    def read(self, parameter: Parameter) -> NDArray[np.generic]:
+        """This rank's values of a graph parameter, contiguous, with the parameter's shape.
+        bfloat16 is ml_dtypes.bfloat16. Each call reads from the checkpoint anew."""
+        ...
+
+
+class Executable(Protocol):
+    """One rank's engine, loaded."""
+
+    limits: Limits
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Run one step. Called with the same batch on every rank of the engine; the result is
+        complete on rank 0 and empty elsewhere."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the executable holds."""
+        ...
+
+
+class Target(Protocol):
+    """A way to compile and execute graphs. Rows of `TARGETS` name its class."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """None where this machine can build for and run the target, else the reason in a line
+        (what is missing, and the command that installs it)."""
+        ...
+
+    def prepare(self, graph: Graph) -> Graph:
+        """The graph as this target wants it: its list of passes applied."""
+        ...
+
+    def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> None:
+        """Write a rank's artifact into the empty directory `out`. `graph` is prepared."""
+        ...
+
+    def load(self, directory: Path, limits: Limits, comm: Comm) -> Executable:
+        """The executable of this rank from the directory that `compile` wrote.
+        `comm` holds all ranks of the engine."""
+        ...
+
+
+TARGETS = {"cpu": "llmforge.engine.cpu.target:CpuTarget"}
+
+
+def target(name: str) -> Target:
+    """The target of this name. Raises SettingsError for an unknown name, TargetError for one
+    that this machine cannot use."""
+    if name not in TARGETS:
+        raise SettingsError(f"unknown target {name!r}; allowed: {', '.join(sorted(TARGETS))}")
+    module, _, cls = TARGETS[name].partition(":")
+    found: Target = getattr(importlib.import_module(module), cls)()
+    if reason := found.available():
+        raise TargetError(f"target {name} cannot be used here: {reason}")
+    return found
