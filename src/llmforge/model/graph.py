@@ -70,14 +70,14 @@ class Graph:
         new_tensors: tuple[Tensor, ...] = (),
         new_parameters: tuple[Parameter, ...] = (),
     ) -> Graph:
-        """This graph with other nodes; tensors and parameters that nothing uses are dropped."""
-        used = {name for node in nodes for name in (*node.inputs, *node.outputs)}
-        used.update(self.outputs)
+        """This graph with other nodes. Tensors that nothing uses are dropped; parameters stand
+        in the order of their first use, which is the order they are stored and read in."""
+        used = dict.fromkeys(name for node in nodes for name in (*node.inputs, *node.outputs))
+        used.update(dict.fromkeys(self.outputs))
         known = {**self.tensors, **{t.name: t for t in (*new_tensors, *new_parameters)}}
         fixed = {t.name for t in (*self.inputs, *self.states)}
-        parameters = tuple(
-            p for p in (*self.parameters, *new_parameters) if p.name in used
-        )
+        by_name = {p.name: p for p in (*self.parameters, *new_parameters)}
+        parameters = tuple(by_name[name] for name in used if name in by_name)
         return replace(
             self,
             nodes=tuple(nodes),

@@ -1,0 +1,164 @@
+"""checkpoint → engine: check, plan, then compile each rank for the target."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmforge import __version__
+from llmforge.artifact import ArtifactWriter, Manifest, Progress, check_free_space, no_progress
+from llmforge.checkpoint.config import ModelConfig
+from llmforge.checkpoint.params import parameters
+from llmforge.checkpoint.store import Checkpoint
+from llmforge.engine.memory import MemoryPlan, plan_memory
+from llmforge.engine.step import Limits
+from llmforge.engine.store import FORMAT_VERSION, KIND, MANIFEST, rank_directory
+from llmforge.engine.target import target as find_target
+from llmforge.engine.weights import RankWeights
+from llmforge.errors import BuildError, MemoryLimitError, SettingsError
+from llmforge.model.decoder import trace
+from llmforge.model.graph import Graph, Parameter
+from llmforge.parallel import Topology
+from llmforge.settings import BuildSettings
+
+DEFAULT_TARGET = "cpu"
+GB = 10**9
+
+
+def build(
+    checkpoint_directory: Path,
+    output: Path,
+    settings: BuildSettings,
+    *,
+    progress: Progress = no_progress,
+    warn: Callable[[str], None] = lambda message: None,
+    on_plan: Callable[[Sequence[MemoryPlan]], None] = lambda plans: None,
+) -> Manifest:
+    """Compile the checkpoint into `output` and return the engine's manifest.
+
+    Everything that cannot work is refused before the first byte is written: BuildError (layout
+    or limits), MemoryLimitError, TargetError, StoreError (checkpoint), OutputError.
+    """
+    target = find_target(settings.target or DEFAULT_TARGET)
+    checkpoint = Checkpoint.open(checkpoint_directory)
+    config = checkpoint.config
+    topology = Topology(settings.tensor_parallel, settings.pipeline_parallel)
+    check_topology(config, topology)
+    limits = resolve_limits(config, settings, warn)
+    ranks = range(topology.world_size)
+    graphs = [target.prepare(trace(config, topology, rank)) for rank in ranks]
+    plans = [plan_memory(graph, limits) for graph in graphs]
+    on_plan(plans)
+    _check_memory(plans, settings.memory_limit_gb)
+    check_free_space(output, sum(plan.weights for plan in plans))
+    total = sum(plan.weights for plan in plans)
+    with ArtifactWriter(output, MANIFEST, overwrite=settings.overwrite) as writer:
+        done = 0
+        for rank, graph in zip(ranks, graphs, strict=True):
+            weights = _Reported(RankWeights(checkpoint, topology, rank), progress, rank, done, total)
+            directory = rank_directory(writer.directory, rank)
+            directory.mkdir()
+            target.compile(graph, weights, limits, directory)
+            done += plans[rank].weights
+        tokenizer = checkpoint.directory / "tokenizer"
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, writer.directory / "tokenizer")
+        return writer.commit(
+            {
+                "kind": KIND,
+                "format_version": FORMAT_VERSION,
+                "llmforge": __version__,
+                "created_from": {"checkpoint": checkpoint.digest},
+                "target": target.name,
+                "topology": dataclasses.asdict(topology),
+                "limits": dataclasses.asdict(limits),
+                "memory": [dataclasses.asdict(plan) for plan in plans],
+                "config": config.to_dict(),
+            }
+        )
+
+
+class _Reported:
+    """Weights that report how much of them has been read."""
+
+    def __init__(
+        self, weights: RankWeights, progress: Progress, rank: int, done: int, total: int
+    ) -> None:
+        self._weights, self._progress = weights, progress
+        self._label, self._done, self._total = f"building rank {rank}", done, total
+
+    def read(self, parameter: Parameter):  # type: ignore[no-untyped-def]
+        array = self._weights.read(parameter)
+        self._done += array.nbytes
+        self._progress(self._label, self._done, self._total)
+        return array
+
+
+def check_topology(config: ModelConfig, topology: Topology) -> None:
+    """Raises BuildError where the model does not divide among the ranks."""
+    stages, layers = topology.pipeline_parallel, config.num_layers
+    if stages > layers:
+        raise BuildError(
+            f"pipeline_parallel {stages} is more than the model's {layers} layers; "
+            f"use at most {layers}"
+        )
+    specs = parameters(config).values()
+
+    def divides(ranks: int) -> bool:
+        return all(s.divides(ranks) for spec in specs for s in spec.shard.segments)
+
+    if not divides(topology.tensor_parallel):
+        allowed = [str(n) for n in range(1, config.num_heads + 1) if divides(n)]
+        raise BuildError(
+            f"tensor_parallel {topology.tensor_parallel} does not divide this model "
+            f"({config.num_heads} attention heads, {config.num_kv_heads} kv heads, intermediate "
+            f"size {config.intermediate_size}); allowed: {', '.join(allowed)}"
+        )
+
+
+def resolve_limits(
+    config: ModelConfig, settings: BuildSettings, warn: Callable[[str], None]
+) -> Limits:
+    """The engine's limits, with what was left open decided. Raises SettingsError."""
+    max_seq_len = settings.max_seq_len or min(config.max_position, 4096)
+    if max_seq_len > config.max_position:
+        warn(
+            f"max_seq_len {max_seq_len} is beyond the {config.max_position} positions that the "
+            "model was made for: its output may degrade there"
+        )
+    batch = settings.max_batch_size
+    max_num_tokens = settings.max_num_tokens or max(min(max_seq_len, 2048), batch)
+    if max_num_tokens < batch:
+        raise SettingsError(
+            f"max_num_tokens {max_num_tokens} is less than max_batch_size {batch}, so a step could "
+            "not hold one token of each sequence; raise it or lower max_batch_size"
+        )
+    blocks_per_seq = -(-max_seq_len // settings.block_size)
+    if settings.kv_cache_tokens is None:
+        num_blocks = batch * blocks_per_seq
+    else:
+        num_blocks = -(-settings.kv_cache_tokens // settings.block_size)
+        if num_blocks < blocks_per_seq:
+            raise SettingsError(
+                f"kv_cache_tokens {settings.kv_cache_tokens} cannot hold one sequence of "
+                f"max_seq_len {max_seq_len}; give at least {blocks_per_seq * settings.block_size}"
+            )
+    return Limits(batch, max_seq_len, max_num_tokens, settings.block_size, num_blocks)
+
+
+def _check_memory(plans: Sequence[MemoryPlan], limit_gb: float | None) -> None:
+    rank, plan = max(enumerate(plans), key=lambda item: item[1].total)
+    if limit_gb is not None and plan.total > limit_gb * GB:
+        raise MemoryLimitError(
+            f"rank {rank} needs {plan.total / GB:.2f} GB (weights {plan.weights / GB:.2f}, KV cache "
+            f"{plan.kv_cache / GB:.2f}, activations {plan.activations / GB:.2f}), more than the "
+            f"limit of {limit_gb:g} GB; use more ranks, or lower max_batch_size, max_seq_len, "
+            "max_num_tokens or kv_cache_tokens"
+        )
+
+
+def trace_for_target(config: ModelConfig, topology: Topology, rank: int, name: str) -> Graph:
+    """The graph of a rank as the target would compile it, to look at."""
+    return find_target(name).prepare(trace(config, topology, rank))

@@ -1,0 +1,1 @@
+"""The cpu target: the reference semantics on torch, on any machine."""

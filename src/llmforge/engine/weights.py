@@ -1,0 +1,45 @@
+"""A rank's weights: its slices of the checkpoint, read as they are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmforge.checkpoint.params import ParamSpec, parameters
+from llmforge.checkpoint.store import Checkpoint
+from llmforge.model.graph import Parameter
+from llmforge.parallel import Topology
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class RankWeights:
+    """`Weights` of one rank. Only the bytes that the rank holds are read."""
+
+    checkpoint: Checkpoint
+    topology: Topology
+    rank: int
+
+    def read(self, parameter: Parameter) -> Array:
+        specs = parameters(self.checkpoint.config)
+        parts = [self._shard(specs[name]) for name in parameter.parts]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        assert whole.shape == parameter.shape, (parameter, whole.shape)
+        return whole
+
+    def _shard(self, spec: ParamSpec) -> Array:
+        if spec.shard.replicated:
+            return self.checkpoint.read(spec.name)
+        dim = spec.shard.dim
+        ranks, tensor_rank = self.topology.tensor_parallel, self.topology.tensor_rank(self.rank)
+        runs = []
+        for piece in spec.shard.pieces(tensor_rank, ranks):
+            run = self.checkpoint.read(spec.name, dim, piece.start, piece.stop)
+            if piece.padding:
+                width = [(0, piece.padding if axis == dim else 0) for axis in range(run.ndim)]
+                run = np.pad(run, width)
+            runs.append(run)
+        return runs[0] if len(runs) == 1 else np.concatenate(runs, axis=dim)

@@ -1,0 +1,191 @@
+"""Every op: its inputs, attributes, and the rule that gives its outputs' shapes.
+
+What an op computes is in reference.py; a target has a row for each op in its own table.
+Activations are packed [tokens, features]: heads lie side by side in the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmforge.model.graph import Shape, Tensor
+
+Signature = tuple[tuple[Shape, str], ...]  # one (shape, dtype) an output
+Rule = Callable[[Sequence[Tensor | None], Mapping[str, Any]], Signature]
+
+
+@dataclass(frozen=True)
+class Op:
+    """`inputs` in order, those ending in "?" optional. `attributes` are all required."""
+
+    name: str
+    inputs: tuple[str, ...]
+    attributes: tuple[str, ...]
+    infer: Rule
+
+    def check(self, inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+        """The outputs' shapes and dtypes. Raises ValueError on a call that is not of this form."""
+        if len(inputs) != len(self.inputs):
+            raise ValueError(f"{self.name} takes {len(self.inputs)} inputs, got {len(inputs)}")
+        for value, name in zip(inputs, self.inputs, strict=True):
+            if value is None and not name.endswith("?"):
+                raise ValueError(f"{self.name} needs its input {name}")
+        if set(attrs) != set(self.attributes):
+            raise ValueError(
+                f"{self.name} takes the attributes {sorted(self.attributes)}, got {sorted(attrs)}"
+            )
+        return self.infer(inputs, attrs)
+
+
+OPS: dict[str, Op] = {}
+
+
+def _op(name: str, inputs: str, attributes: str = "") -> Callable[[Rule], Rule]:
+    def register(infer: Rule) -> Rule:
+        OPS[name] = Op(name, tuple(inputs.split()), tuple(attributes.split()), infer)
+        return infer
+
+    return register
+
+
+def _given(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def _equal(what: str, left: object, right: object) -> None:
+    if left != right:
+        raise ValueError(f"{what}: {left} and {right} differ")
+
+
+def _last(tensor: Tensor, size: object) -> Shape:
+    return (*tensor.shape[:-1], size)  # type: ignore[return-value,arg-type]
+
+
+@_op("embed", "ids weight", "start")
+def _embed(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """Rows of `weight` [local vocabulary, hidden], whose first row is token `start`; tokens that
+    another rank holds give zeros."""
+    ids, weight = map(_given, inputs)
+    return (((*ids.shape, weight.shape[1]), weight.dtype),)
+
+
+@_op("linear", "x weight bias?")
+def _linear(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """x weightᵀ + bias."""
+    x, weight = _given(inputs[0]), _given(inputs[1])
+    _equal("linear: in_features", x.shape[-1], weight.shape[1])
+    if inputs[2] is not None:
+        _equal("linear: bias", inputs[2].shape, weight.shape[:1])
+    return ((_last(x, weight.shape[0]), x.dtype),)
+
+
+@_op("split", "x", "sizes")
+def _split(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """The last dimension cut into runs of `sizes`."""
+    x = _given(inputs[0])
+    _equal("split: sizes", sum(attrs["sizes"]), x.shape[-1])
+    return tuple((_last(x, size), x.dtype) for size in attrs["sizes"])
+
+
+@_op("rms_norm", "x weight", "eps")
+def _rms_norm(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """x / rms(x) weight, over runs of the last dimension as long as `weight` (so a weight of
+    head_dim normalises each head). https://arxiv.org/abs/1910.07467"""
+    x, weight = map(_given, inputs)
+    features, run = x.shape[-1], weight.shape[0]
+    if not isinstance(features, int) or not isinstance(run, int) or features % run:
+        raise ValueError(f"rms_norm: {features} features are not whole runs of {run}")
+    return ((x.shape, x.dtype),)
+
+
+@_op("add", "x y")
+def _add(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """x + y; y has x's shape, or is one row for all."""
+    x, y = map(_given, inputs)
+    _equal("add: features", x.shape[-len(y.shape) :], y.shape)
+    return ((x.shape, x.dtype),)
+
+
+@_op("add_rms_norm", "x residual weight", "eps")
+def _add_rms_norm(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """(x + residual, rms_norm of that)."""
+    x, residual, weight = map(_given, inputs)
+    _equal("add_rms_norm: shapes", x.shape, residual.shape)
+    _rms_norm((x, weight), attrs)
+    return ((x.shape, x.dtype), (x.shape, x.dtype))
+
+
+@_op("rope_table", "positions query_starts prompt_lens", "rope")
+def _rope_table(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """[tokens, dim] float32: the cosines of the dim / 2 angles, then their sines.
+    `rope` holds the fields of a RopeConfig. A token's angles may depend on the longer of its
+    prompt and its own position (dynamic scaling), never on how the prompt was cut into steps."""
+    positions = _given(inputs[0])
+    return (((*positions.shape, attrs["rope"]["dim"]), "float32"),)
+
+
+@_op("rope", "x table", "head_dim")
+def _rope(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """The first `dim` elements of each head rotated, element i with i + dim / 2.
+    https://arxiv.org/abs/2104.09864"""
+    x = _given(inputs[0])
+    return ((x.shape, x.dtype),)
+
+
+@_op(
+    "attention",
+    "q k v key_cache value_cache query_starts kv_lens block_table",
+    "head_dim scale window",
+)
+def _attention(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """Writes k and v into the caches [blocks, block_size, kv_heads, head_dim], then each query
+    attends to its sequence's positions up to its own, the last `window` of them (None: all).
+    Query head h reads kv head h // (heads / kv_heads)."""
+    q, k, v = (_given(t) for t in inputs[:3])
+    _equal("attention: k and v", k.shape, v.shape)
+    return ((q.shape, q.dtype),)
+
+
+@_op("gated_activation", "gate up", "activation")
+def _gated_activation(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """activation(gate) up. https://arxiv.org/abs/2002.05202"""
+    gate, up = map(_given, inputs)
+    _equal("gated_activation: shapes", gate.shape, up.shape)
+    return ((gate.shape, gate.dtype),)
+
+
+@_op("select_rows", "x rows")
+def _select_rows(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """x[rows]."""
+    x, rows = map(_given, inputs)
+    return (((*rows.shape, *x.shape[1:]), x.dtype),)
+
+
+@_op("all_reduce", "x")
+def _all_reduce(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """The sum of x over the tensor-parallel ranks, in rank order."""
+    x = _given(inputs[0])
+    return ((x.shape, x.dtype),)
+
+
+@_op("all_gather", "x", "size")
+def _all_gather(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """The x of the tensor-parallel ranks side by side in the last dimension; its first `size`
+    elements (what is beyond is padding)."""
+    x = _given(inputs[0])
+    return ((_last(x, attrs["size"]), x.dtype),)
+
+
+@_op("send", "x", "to")
+def _send(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """x to the rank `to` of the whole engine."""
+    return ()
+
+
+@_op("recv", "", "source shape dtype")
+def _recv(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """What the rank `source` of the whole engine sends."""
+    return ((tuple(attrs["shape"]), attrs["dtype"]),)

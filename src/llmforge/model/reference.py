@@ -1,0 +1,232 @@
+"""What every op means, in plain torch. The cpu target executes these; other targets are
+compared with them.
+
+Norms, rotations and softmax compute in float32 and round once to the dtype of their input, except
+where a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from llmforge.checkpoint.config import RopeConfig
+from llmforge.comm import Comm, LocalComm
+
+Tensor = torch.Tensor
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int32")}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What collectives need besides their inputs: the whole engine's ranks, those of this
+    tensor-parallel group, and the step's sizes of symbolic dimensions."""
+
+    world: Comm
+    tensor_group: Comm
+    sizes: Mapping[str, int]
+
+
+LOCAL = Context(LocalComm(), LocalComm(), {})
+
+Meaning = Callable[[Sequence[Any], Mapping[str, Any], Context], tuple[Tensor, ...]]
+REFERENCE: dict[str, Meaning] = {}
+
+
+def _meaning(
+    name: str, *, collective: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function of (inputs..., *, attributes...); a collective's first argument is
+    the context."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(
+            inputs: Sequence[Any], attrs: Mapping[str, Any], context: Context
+        ) -> tuple[Tensor, ...]:
+            first = (context,) if collective else ()
+            result = function(*first, *inputs, **attrs)
+            return result if isinstance(result, tuple) else (result,)
+
+        REFERENCE[name] = call
+        return function
+
+    return register
+
+
+@_meaning("embed")
+def embed(ids: Tensor, weight: Tensor, *, start: int) -> Tensor:
+    local = ids.long() - start
+    held = (local >= 0) & (local < weight.shape[0])
+    rows = F.embedding(local.clamp(0, weight.shape[0] - 1), weight)
+    return rows * held[:, None].to(rows.dtype)
+
+
+@_meaning("linear")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+@_meaning("split")
+def split(x: Tensor, *, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    return tuple(x.split(list(sizes), dim=-1))
+
+
+@_meaning("rms_norm")
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    runs = x.float().unflatten(-1, (-1, weight.shape[0]))
+    normed = runs * torch.rsqrt(runs.square().mean(-1, keepdim=True) + eps)
+    # Rounded before the weight is applied, as the models were trained.
+    return (normed.to(x.dtype) * weight).flatten(-2)
+
+
+@_meaning("add")
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+@_meaning("add_rms_norm")
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, rms_norm(total, weight, eps=eps)
+
+
+@_meaning("rope_table")
+def rope_table(
+    positions: Tensor, query_starts: Tensor, prompt_lens: Tensor, *, rope: Mapping[str, Any]
+) -> Tensor:
+    config = RopeConfig(**rope)
+    if config.scaling == "dynamic":
+        per_token = prompt_lens.long().repeat_interleave(query_starts.diff().long())
+        lengths = torch.maximum(per_token, positions.long() + 1)
+        distinct, index = lengths.unique(return_inverse=True)
+        table = torch.tensor([config.frequencies(int(n)) for n in distinct.tolist()])
+        frequencies = table.to(positions.device)[index]
+    else:
+        frequencies = torch.tensor(config.frequencies(), device=positions.device)[None]
+    angles = positions[:, None].float() * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * config.attention_factor
+
+
+@_meaning("rope")
+def rope(x: Tensor, table: Tensor, *, head_dim: int) -> Tensor:
+    dim = table.shape[-1]
+    heads = x.float().unflatten(-1, (-1, head_dim))
+    cos, sin = table[:, None].chunk(2, dim=-1)
+    first, second = heads[..., : dim // 2], heads[..., dim // 2 : dim]
+    rotated = (first * cos - second * sin, second * cos + first * sin, heads[..., dim:])
+    return torch.cat(rotated, dim=-1).flatten(-2).to(x.dtype)
+
+
+@_meaning("attention")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_starts: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    *,
+    head_dim: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
+    block_size = key_cache.shape[1]
+    group = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q)
+    bounds = query_starts.tolist()
+    for sequence, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        kv_len = int(kv_lens[sequence])
+        slots = torch.arange(kv_len, device=q.device)
+        blocks = block_table[sequence].long()[slots // block_size]
+        offsets = slots % block_size
+        first_new = kv_len - (stop - start)
+        key_cache[blocks[first_new:], offsets[first_new:]] = k[start:stop]
+        value_cache[blocks[first_new:], offsets[first_new:]] = v[start:stop]
+        keys = key_cache[blocks, offsets].float().repeat_interleave(group, dim=1)
+        values = value_cache[blocks, offsets].float().repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q[start:stop].float(), keys) * scale
+        behind = slots[first_new:, None] - slots[None, :]
+        visible = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        out[start:stop] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+    return out.flatten(-2)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+}
+
+
+@_meaning("gated_activation")
+def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](gate) * up
+
+
+@_meaning("select_rows")
+def select_rows(x: Tensor, rows: Tensor) -> Tensor:
+    return x[rows.long()]
+
+
+# -- collectives: sums and orders are fixed, so a result does not depend on timing ---------------
+
+
+def _bytes(x: Tensor) -> Any:
+    return x.contiguous().view(torch.uint8).numpy()
+
+
+@_meaning("all_reduce", collective=True)
+def all_reduce(context: Context, x: Tensor) -> Tensor:
+    """Summed in rank order, one precision up, rounded once: a float32 sum over any number of
+    ranks is then as exact as float32 can hold."""
+    comm = context.tensor_group
+    ranks = comm.size
+    flat = x.reshape(-1)
+    padded = F.pad(flat, (0, -len(flat) % ranks))
+    # Each rank sums one run of the elements for all (a reduce-scatter, then an all-gather).
+    mine = torch.empty((ranks, len(padded) // ranks), dtype=x.dtype)
+    comm.all_to_all(_bytes(padded.view(ranks, -1)), mine.view(torch.uint8).numpy())
+    wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+    total = mine[0].to(wide)
+    for part in mine[1:]:
+        total += part
+    result = torch.empty_like(padded)
+    comm.all_gather(_bytes(total.to(x.dtype)), result.view(torch.uint8).view(ranks, -1).numpy())
+    return result[: len(flat)].view(x.shape)
+
+
+@_meaning("all_gather", collective=True)
+def all_gather(context: Context, x: Tensor, *, size: int) -> Tensor:
+    comm = context.tensor_group
+    parts = torch.empty((comm.size, *x.shape), dtype=x.dtype)
+    comm.all_gather(_bytes(x), parts.view(torch.uint8).numpy())
+    return torch.cat(tuple(parts), dim=-1)[..., :size]
+
+
+@_meaning("send", collective=True)
+def send(context: Context, x: Tensor, *, to: int) -> tuple[Tensor, ...]:
+    context.world.send(_bytes(x), to)
+    return ()
+
+
+@_meaning("recv", collective=True)
+def recv(context: Context, *, source: int, shape: Sequence[int | str], dtype: str) -> Tensor:
+    sizes = [context.sizes[d] if isinstance(d, str) else d for d in shape]
+    x = torch.empty(sizes, dtype=DTYPES[dtype])
+    context.world.receive(x.view(torch.uint8).numpy(), source)
+    return x
