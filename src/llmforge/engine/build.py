@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmforge import __version__
-from llmforge.artifact import ArtifactWriter, Manifest, Progress, check_free_space, no_progress
+from llmforge.artifact import ArtifactWriter, Manifest, Progress, Warn, no_progress, no_warning
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.store import Checkpoint
@@ -16,7 +16,7 @@ from llmforge.engine.memory import MemoryPlan, plan_memory
 from llmforge.engine.step import Limits
 from llmforge.engine.store import FORMAT_VERSION, KIND, MANIFEST, rank_directory
 from llmforge.engine.target import target as find_target
-from llmforge.engine.weights import RankWeights
+from llmforge.engine.weights import Array, RankWeights
 from llmforge.errors import BuildError, MemoryLimitError, SettingsError
 from llmforge.model.decoder import trace
 from llmforge.model.graph import Graph, Parameter
@@ -33,7 +33,7 @@ def build(
     settings: BuildSettings,
     *,
     progress: Progress = no_progress,
-    warn: Callable[[str], None] = lambda message: None,
+    warn: Warn = no_warning,
     on_plan: Callable[[Sequence[MemoryPlan]], None] = lambda plans: None,
 ) -> Manifest:
     """Compile the checkpoint into `output` and return the engine's manifest.
@@ -52,15 +52,16 @@ def build(
     plans = [plan_memory(graph, limits) for graph in graphs]
     on_plan(plans)
     _check_memory(plans, settings.memory_limit_gb)
-    check_free_space(output, sum(plan.weights for plan in plans))
     total = sum(plan.weights for plan in plans)
     with ArtifactWriter(output, MANIFEST, overwrite=settings.overwrite) as writer:
+        writer.require_space(total)
         done = 0
         for rank, graph in zip(ranks, graphs, strict=True):
             weights = _Reported(RankWeights(checkpoint, topology, rank), progress, rank, done, total)
             directory = rank_directory(writer.directory, rank)
             directory.mkdir()
-            target.compile(graph, weights, limits, directory)
+            for name, (size, sha256) in target.compile(graph, weights, limits, directory).items():
+                writer.record(f"{directory.name}/{name}", size, sha256)
             done += plans[rank].weights
         tokenizer = checkpoint.directory / "tokenizer"
         if tokenizer.is_dir():
@@ -89,7 +90,7 @@ class _Reported:
         self._weights, self._progress = weights, progress
         self._label, self._done, self._total = f"building rank {rank}", done, total
 
-    def read(self, parameter: Parameter):  # type: ignore[no-untyped-def]
+    def read(self, parameter: Parameter) -> Array:
         array = self._weights.read(parameter)
         self._done += array.nbytes
         self._progress(self._label, self._done, self._total)
@@ -119,7 +120,7 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
 
 
 def resolve_limits(
-    config: ModelConfig, settings: BuildSettings, warn: Callable[[str], None]
+    config: ModelConfig, settings: BuildSettings, warn: Warn
 ) -> Limits:
     """The engine's limits, with what was left open decided. Raises SettingsError."""
     max_seq_len = settings.max_seq_len or min(config.max_position, 4096)

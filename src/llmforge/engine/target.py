@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,10 +11,14 @@ from llmforge.comm import Comm
 from llmforge.engine.step import Limits, StepBatch, StepResult
 from llmforge.errors import SettingsError, TargetError
 from llmforge.model.graph import Graph, Parameter
+from llmforge.parallel import Topology
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+Checksums = Mapping[str, tuple[int, str]]
 
 
 class Weights(Protocol):
@@ -28,7 +33,8 @@ class Weights(Protocol):
 class Executable(Protocol):
     """One rank's engine, loaded."""
 
-    limits: Limits
+    @property
+    def limits(self) -> Limits: ...
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one step. Called with the same batch on every rank of the engine; the result is
@@ -43,7 +49,8 @@ class Executable(Protocol):
 class Target(Protocol):
     """A way to compile and execute graphs. Rows of `TARGETS` name its class."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def available(self) -> str | None:
         """None where this machine can build for and run the target, else the reason in a line
@@ -54,13 +61,16 @@ class Target(Protocol):
         """The graph as this target wants it: its list of passes applied."""
         ...
 
-    def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> None:
-        """Write a rank's artifact into the empty directory `out`. `graph` is prepared."""
+    def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
+        """Write a rank's artifact into the empty directory `out`. `graph` is prepared.
+        Returns size and SHA-256 of the files that were hashed as they were written."""
         ...
 
-    def load(self, directory: Path, limits: Limits, comm: Comm) -> Executable:
+    def load(
+        self, directory: Path, topology: Topology, limits: Limits, comm: Comm
+    ) -> Executable:
         """The executable of this rank from the directory that `compile` wrote.
-        `comm` holds all ranks of the engine."""
+        `comm` holds all ranks of the engine. Raises StoreError where a file is corrupt."""
         ...
 
 

@@ -84,9 +84,12 @@ def _decode(
         return None
     spans = [min(kv[i], window or kv[i]) for i in sequences]
     longest = max(spans)
-    slots = torch.zeros((len(sequences), longest), dtype=torch.long)
+    slots = torch.empty((len(sequences), longest), dtype=torch.long)
     for row, (i, span) in enumerate(zip(sequences, spans, strict=True)):
         slots[row, :span] = slots_of(i, kv[i] - span, kv[i])
+        # Masked entries repeat a slot of the same sequence: whatever another sequence's or an
+        # unused slot holds, even NaN, cannot reach this one.
+        slots[row, span:] = slots[row, 0]
     mask = None
     if min(spans) < longest:
         mask = (torch.arange(longest) < torch.tensor(spans)[:, None])[:, None, None, :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,18 +63,3 @@ class Executor:
             for name in instruction.free:
                 del values[name]
         return [values[name] for name in self.graph.outputs]
-
-
-def step_sizes(inputs: Mapping[str, Tensor], graph: Graph) -> dict[str, int]:
-    """The sizes that the symbolic dimensions have in this step."""
-    sizes: dict[str, int] = {}
-    for tensor in graph.inputs:
-        for dim, size in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
-            if isinstance(dim, str):
-                sizes[dim] = size
-    return sizes
-
-
-def as_tensors(names: Sequence[str], batch: Any) -> dict[str, Tensor]:
-    """The step's arrays as tensors, without a copy."""
-    return {name: torch.from_numpy(getattr(batch, name)) for name in names}

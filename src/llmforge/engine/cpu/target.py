@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import platform
 from pathlib import Path
 
 import torch
 
 from llmforge.comm import Comm
-from llmforge.engine.cpu.executor import Executor, as_tensors, step_sizes
+from llmforge.engine.cpu.executor import Executor
 from llmforge.engine.cpu.kernels import StepContext
 from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits, StepBatch, StepResult
-from llmforge.engine.target import Executable, Weights
+from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.errors import StoreError
 from llmforge.model.graph import Graph
 from llmforge.model.passes import apply, fuse_add_norm, merge_linears
 from llmforge.model.reference import DTYPES
+from llmforge.parallel import Topology
 from llmforge.safetensors_io import SafetensorsFile, SafetensorsWriter
 
 PASSES = (merge_linears, fuse_add_norm)
@@ -35,25 +38,93 @@ class CpuTarget:
     def prepare(self, graph: Graph) -> Graph:
         return apply(graph, PASSES)
 
-    def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> None:
+    def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())
         entries = [(p.name, p.dtype, p.shape) for p in graph.parameters]
-        writer = SafetensorsWriter(out / WEIGHTS_FILE, entries, {"format": "pt"})
-        for parameter in graph.parameters:
-            writer.write(parameter.name, weights.read(parameter))
-        writer.close()
+        with SafetensorsWriter(out / WEIGHTS_FILE, entries, {"format": "pt"}) as writer:
+            for parameter in graph.parameters:
+                writer.write(parameter.name, weights.read(parameter))
+            return {WEIGHTS_FILE: writer.close()}
 
-    def load(self, directory: Path, limits: Limits, comm: Comm) -> Executable:
-        return CpuExecutable(directory, limits, comm)
+    def load(
+        self, directory: Path, topology: Topology, limits: Limits, comm: Comm
+    ) -> Executable:
+        return CpuExecutable(directory, topology, limits, comm)
 
 
 class CpuExecutable:
-    """One rank on the CPU. Its weights are mapped from the file, so ranks on one machine that
-    hold the same bytes, and later runs, share the page cache."""
+    """One rank on the CPU."""
 
-    def __init__(self, directory: Path, limits: Limits, comm: Comm) -> None:
+    def __init__(self, directory: Path, topology: Topology, limits: Limits, comm: Comm) -> None:
         self.limits = limits
-        try:
-            self._graph = Graph.from_json((directory / GRAPH_FILE).read_text())
-        except (OSError, ValueError, KeyError) as error:
-            raise StoreError(f"{directory / GRAPH_FILE} is corrupt: {error}") from error
+        self._comm = comm
+        self._tensor_group = comm.split(topology.stage(comm.rank))
+        share = cores_of_rank(comm.gather(platform.node()).count(platform.node()))
+        torch.set_num_threads(min(share, torch.get_num_threads()))
+        graph = _read_graph(directory / GRAPH_FILE)
+        sizes = largest_step(limits)
+        states = {
+            state.name: torch.zeros(
+                [sizes[d] if isinstance(d, str) else d for d in state.shape],
+                dtype=DTYPES[state.dtype],
+            )
+            for state in graph.states
+        }
+        weights = map_weights(directory / WEIGHTS_FILE, graph)
+        self._executor = Executor(graph, {**weights, **states})
+
+    def step(self, batch: StepBatch) -> StepResult:
+        graph = self._executor.graph
+        inputs = {t.name: torch.from_numpy(getattr(batch, t.name)) for t in graph.inputs}
+        sizes = {
+            dim: size
+            for tensor in graph.inputs
+            for dim, size in zip(tensor.shape, inputs[tensor.name].shape, strict=True)
+            if isinstance(dim, str)
+        }
+        with torch.inference_mode():
+            outputs = self._executor.run(
+                inputs, StepContext(self._comm, self._tensor_group, sizes)
+            )
+        if self._comm.rank != 0:
+            return StepResult()
+        return StepResult(logits=outputs[0].float().numpy())
+
+    def close(self) -> None:
+        del self._executor
+
+
+def _read_graph(path: Path) -> Graph:
+    try:
+        return Graph.from_json(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} is corrupt ({error}); build the engine again with: llmforge build"
+        ) from error
+
+
+def map_weights(path: Path, graph: Graph) -> dict[str, torch.Tensor]:
+    """The graph's parameters, mapped from the file: pages are read as they are first used, and
+    ranks or runs on one machine share them. Raises StoreError where the file is not the graph's."""
+    infos = SafetensorsFile(path).tensors
+    expected = {p.name: (p.dtype, p.shape) for p in graph.parameters}
+    if {name: (info.dtype, info.shape) for name, info in infos.items()} != expected:
+        raise StoreError(f"{path} does not hold the weights of its graph; build the engine again")
+    with open(path, "rb") as file:
+        # Copy-on-write, because torch wants writable memory; nothing is ever written.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return {
+        name: torch.frombuffer(
+            mapped,
+            dtype=DTYPES[info.dtype],
+            count=info.nbytes // DTYPES[info.dtype].itemsize,
+            offset=info.start,
+        ).view(info.shape)
+        for name, info in infos.items()
+    }
+
+
+def cores_of_rank(local_ranks: int) -> int:
+    """How many threads one of `local_ranks` ranks on this machine should use: its share of the
+    cores that this process may run on."""
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks)

@@ -1,0 +1,202 @@
+"""A Hugging Face model directory: config.json and weights, whole or sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmforge.artifact import Warn, listed, no_warning, stays_inside
+from llmforge.checkpoint.config import ModelConfig
+from llmforge.checkpoint.families import plan_for, read_config
+from llmforge.checkpoint.hf_config import read_json
+from llmforge.checkpoint.mapping import SOURCE_DTYPES, Plan
+from llmforge.checkpoint.sources.torch_file import TorchFile
+from llmforge.errors import SourceError
+from llmforge.safetensors_io import Array, SafetensorsFile, TensorInfo
+
+CONFIG = "config.json"
+# In the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_FOREIGN = {".gguf": "GGUF", ".onnx": "ONNX", ".h5": "TensorFlow", ".msgpack": "Flax"}
+
+
+class _WeightFile(Protocol):
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> Array: ...
+
+    def close(self) -> None: ...
+
+
+class HfSource:
+    """A `Source` over a Hugging Face model directory. Raises SourceError where it is not whole
+    and UnsupportedModelError where no family describes it. Code in it is never executed."""
+
+    def __init__(
+        self,
+        directory: Path,
+        warn: Warn = no_warning,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.directory = directory
+        self.tokenizer_directory: Path | None = directory
+        _check_directory(directory)
+        family, config = read_config(directory / CONFIG)
+        paths, index = _weight_files(directory)
+        self._files = {str(path.relative_to(directory)): _open(path) for path in paths}
+        self._file_of = _locate(self._files, index, directory)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: file.tensors[name] for name, file in self._file_of.items()
+        }
+        config = self._untie(config, warn)
+        self.plan: Plan = plan_for(family, config, self.tensors, str(directory))
+        self.config = dataclasses.replace(config, dtype=self._common_dtype(warn))
+        self.description: Mapping[str, Any] = {
+            "source": "huggingface",
+            "name": directory.resolve().name,
+            **(description or {}),
+            "family": family.name,
+            "config_sha256": hashlib.sha256((directory / CONFIG).read_bytes()).hexdigest(),
+            "weights": {name: (directory / name).stat().st_size for name in self._files},
+        }
+
+    def read(self, name: str) -> Array:
+        return self._file_of[name].read(name)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _common_dtype(self, warn: Warn) -> str:
+        """The dtype of most of the weights' bytes."""
+        sizes: dict[str, int] = {}
+        for group in self.plan.groups:
+            for name in group.theirs:
+                dtype = self.tensors[name].dtype
+                sizes[dtype] = sizes.get(dtype, 0) + self.tensors[name].nbytes
+        common = max(sizes, key=lambda dtype: (sizes[dtype], dtype))
+        ours = "float32" if common == "float64" else common
+        if others := sorted(set(sizes) - {common}):
+            warn(
+                f"the weights are of several dtypes: those in {', '.join(others)} are converted "
+                f"to {ours}, like most, unless another dtype is asked for"
+            )
+        return ours
+
+    def _untie(self, config: ModelConfig, warn: Warn) -> ModelConfig:
+        """A head that differs from the embedding though the config ties them is used: so does
+        transformers 5 (PreTrainedModel.tie_weights)."""
+        embedding, head = _embedding_and_head(self.tensors)
+        if not (config.tied_embeddings and embedding and head):
+            return config
+        ours, theirs = self.tensors[embedding], self.tensors[head]
+        if ours.shape != theirs.shape or ours.dtype not in SOURCE_DTYPES:
+            return config
+        if ours.dtype == theirs.dtype and _same_bytes(self.read(embedding), self.read(head)):
+            return config
+        warn(
+            f"{head} differs from {embedding} though the config ties them: the model is "
+            "converted as untied"
+        )
+        return dataclasses.replace(config, tied_embeddings=False)
+
+
+def _embedding_and_head(tensors: Mapping[str, TensorInfo]) -> tuple[str | None, str | None]:
+    embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), None)
+    return embedding, "lm_head.weight" if "lm_head.weight" in tensors else None
+
+
+def _same_bytes(a: Array, b: Array) -> bool:
+    return bool(np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)))
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.exists():
+        raise SourceError(f"{directory} does not exist")
+    if not directory.is_dir():
+        raise SourceError(
+            f"{directory} is a file; name the directory that holds config.json and the weights"
+        )
+    try:
+        names = sorted(path.name for path in directory.iterdir())
+    except OSError as error:
+        raise SourceError(f"cannot read {directory}: {error.strerror}") from error
+    if not names:
+        raise SourceError(f"{directory} is empty; it must hold config.json and the weights")
+    if CONFIG not in names:
+        raise SourceError(f"{directory} has no config.json; {_supported(names)}")
+
+
+def _supported(names: list[str]) -> str:
+    """What is supported, and which other format the files are of."""
+    found = sorted({label for name in names if (label := _FOREIGN.get(Path(name).suffix))})
+    but = f"{' and '.join(found)} files are not supported: " if found else ""
+    return f"{but}a model directory holds config.json and one of {', '.join(WEIGHT_FILES)}"
+
+
+def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that hold the weights, and the index (tensor → file name) where there is one."""
+    name = next((name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    if name is None:
+        names = sorted(path.name for path in directory.iterdir())
+        raise SourceError(f"{directory} has no weights; {_supported(names)}")
+    path = directory / name
+    if not name.endswith(".index.json"):
+        return [path], None
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise SourceError(f"{path} has no weight_map, the table that says which file holds what")
+    files = sorted({str(file) for file in index.values()})
+    if outside := [file for file in files if not stays_inside(file)]:
+        raise SourceError(f"{path} names files outside of its directory: {listed(outside)}")
+    if missing := [file for file in files if not (directory / file).is_file()]:
+        raise SourceError(
+            f"{path} names {len(missing)} files that are missing: {listed(missing)}; "
+            "download the model again"
+        )
+    return [directory / file for file in files], index
+
+
+def _open(path: Path) -> _WeightFile:
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path, SourceError)
+    return TorchFile(path)
+
+
+def _locate(
+    files: Mapping[str, _WeightFile], index: Mapping[str, str] | None, directory: Path
+) -> dict[str, _WeightFile]:
+    """Which file each tensor is read from: the index decides, and must be right."""
+    found: dict[str, _WeightFile] = {}
+    doubled = []
+    for file in files.values():
+        for name in file.tensors:
+            if name in found and name not in (index or {}):
+                doubled.append(name)
+            found[name] = file
+    if doubled:
+        raise SourceError(f"{directory} holds these tensors twice: {listed(doubled)}")
+    absent = []
+    for name, file_name in (index or {}).items():
+        file = files[str(Path(file_name))]
+        if name in file.tensors:
+            found[name] = file
+        else:
+            absent.append(f"{name} ({file_name})")
+    if absent:
+        raise SourceError(
+            f"the index of {directory} names {len(absent)} tensors that are not in their files: "
+            f"{listed(absent)}"
+        )
+    return found

@@ -1,0 +1,82 @@
+"""Random weights for a config.json: benchmarks at real sizes without a download.
+
+Each parameter is drawn from a generator of its own, seeded by (seed, name), so that it does not
+depend on what else is drawn. A value is a normal distribution's quantile at one of 65536 evenly
+spread probabilities: as good as a normal draw for weights of 16 bits, and many times faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmforge.checkpoint.config import DTYPE_BYTES
+from llmforge.checkpoint.families import read_config
+from llmforge.checkpoint.mapping import Group, Plan
+from llmforge.checkpoint.params import parameters
+from llmforge.safetensors_io import NUMPY_DTYPES, Array, TensorInfo
+
+_LEVELS = 1 << 16
+_CHUNK = 1 << 20
+
+
+class RandomSource:
+    """Parameters with the mean and standard deviation that params.py gives, in `dtype` or else
+    the dtype that the config names."""
+
+    def __init__(self, config_file: Path, seed: int = 0, dtype: str | None = None) -> None:
+        _, config = read_config(config_file)
+        self.config = dataclasses.replace(config, dtype=dtype or config.dtype)
+        self.tokenizer_directory: Path | None = config_file.parent
+        self.description: Mapping[str, Any] = {
+            "source": "random weights",
+            "seed": seed,
+            "config_sha256": hashlib.sha256(config_file.read_bytes()).hexdigest(),
+        }
+        self._seed = seed
+        self._specs = parameters(self.config)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(self.config.dtype, spec.shape, 0, math.prod(spec.shape) * self._bytes)
+            for name, spec in self._specs.items()
+        }
+        groups = (Group((name,), (name,), None, t.nbytes) for name, t in self.tensors.items())
+        self.plan = Plan(tuple(groups), {})
+
+    @property
+    def _bytes(self) -> int:
+        return DTYPE_BYTES[self.config.dtype]
+
+    def read(self, name: str) -> Array:
+        spec = self._specs[name]
+        dtype = NUMPY_DTYPES[self.config.dtype]
+        table = (spec.init_mean + spec.init_std * _normal_quantiles()).astype(dtype)
+        # Moving raw bits is much faster than moving bfloat16 values.
+        bits = table.view(f"u{dtype.itemsize}")
+        key = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        generator = np.random.SFC64(int.from_bytes(key, "little"))
+        result = np.empty(math.prod(spec.shape), bits.dtype)
+        for start in range(0, len(result), _CHUNK):
+            part = result[start : start + _CHUNK]
+            raw = generator.random_raw(-(-len(part) // 4))
+            # Little-endian on every machine, so that a seed means the same values everywhere.
+            levels = raw.astype("<u8", copy=False).view("<u2")[: len(part)]
+            np.take(bits, levels, out=part, mode="clip")  # in range; "clip" saves a copy
+        return result.view(dtype).reshape(spec.shape)
+
+    def close(self) -> None:
+        pass
+
+
+@functools.cache
+def _normal_quantiles() -> NDArray[np.float64]:
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((level + 0.5) / _LEVELS) for level in range(_LEVELS)])

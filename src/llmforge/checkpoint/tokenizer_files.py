@@ -1,0 +1,116 @@
+"""The files that travel with the weights: tokenizer, generation config and chat template.
+
+Whatever is wrong with them is a warning: without a tokenizer a checkpoint works with token ids.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llmforge.artifact import Warn
+
+TOKENIZER_JSON = "tokenizer.json"
+FILES = (
+    TOKENIZER_JSON,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+_IDS_ONLY = "the checkpoint will work with token ids only"
+
+
+def copy_tokenizer(source: Path, destination: Path, warn: Warn) -> list[str]:
+    """Copy what there is of FILES from `source` into `destination`, which is made for it, and make
+    a tokenizer.json where there are only older files. Returns the names of the files written."""
+    names = [name for name in FILES if (source / name).is_file()]
+    if not names:
+        warn(f"there is no tokenizer in {source}: {_IDS_ONLY}")
+        return []
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, destination / name)
+    path = destination / TOKENIZER_JSON
+    if TOKENIZER_JSON not in names and not _make_tokenizer_json(destination, names, warn):
+        return names
+    if problem := _load_problem(path):
+        warn(f"{TOKENIZER_JSON} of {source} cannot be loaded ({problem}): {_IDS_ONLY}")
+    return names if TOKENIZER_JSON in names else [TOKENIZER_JSON, *names]
+
+
+def _make_tokenizer_json(directory: Path, names: list[str], warn: Warn) -> bool:
+    """Make tokenizer.json from the older files in `directory`; warns where that fails."""
+    byte_level = "vocab.json" in names and "merges.txt" in names
+    if "tokenizer.model" not in names and not byte_level:
+        warn(f"there is no tokenizer.json, tokenizer.model or vocab.json + merges.txt: {_IDS_ONLY}")
+        return False
+    try:
+        if importlib.util.find_spec("transformers"):
+            _from_transformers(directory)
+        elif byte_level:
+            _from_vocab_and_merges(directory)
+        else:
+            warn(
+                "converting tokenizer.model needs transformers and sentencepiece (pip install "
+                f"transformers sentencepiece); without them {_IDS_ONLY}"
+            )
+            return False
+    except Exception as error:  # whatever a foreign tokenizer raises, the weights are fine
+        (directory / TOKENIZER_JSON).unlink(missing_ok=True)
+        warn(f"the tokenizer could not be converted ({_first_line(error)}): {_IDS_ONLY}")
+        return False
+    return True
+
+
+def _from_transformers(directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        directory, use_fast=True, trust_remote_code=False, local_files_only=True
+    )
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError("transformers has no fast tokenizer for it")
+    backend.save(str(directory / TOKENIZER_JSON))
+
+
+def _from_vocab_and_merges(directory: Path) -> None:
+    """Byte-level BPE as GPT-2 and its descendants have it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab, merges = str(directory / "vocab.json"), str(directory / "merges.txt")
+    tokenizer = Tokenizer(models.BPE.from_file(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    added = directory / "added_tokens.json"
+    if added.is_file():
+        ids = json.loads(added.read_bytes())
+        for token in sorted(ids, key=ids.__getitem__):
+            tokenizer.add_special_tokens([AddedToken(token, special=True)])
+    tokenizer.save(str(directory / TOKENIZER_JSON))
+
+
+def _load_problem(path: Path) -> str | None:
+    if not importlib.util.find_spec("tokenizers"):
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,244 @@
+"""Continuous batching: which tokens of which sequences the next step computes.
+
+A request waits until there is a place and blocks for its whole prompt, then runs until it is
+finished. Each step takes one token of every sequence that is generating and fills the rest of
+`max_num_tokens` with chunks of prompts, so requests come and go at any step. Where a growing
+sequence finds no free block, the sequence admitted last is preempted: its blocks are freed, and it
+waits at the head of the queue to be computed again from its prompt and the tokens it has.
+
+Progress: the sequence admitted first is never preempted by another, its whole length fits in the
+cache (checked on entry), and running sequences come before waiting ones; so the first always
+advances, finishes, and hands the place to the next.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmforge.engine.step import Int32, Limits
+from llmforge.errors import RequestError
+from llmforge.runtime.cache import KvCache
+from llmforge.runtime.requests import Request
+
+
+def refusal(request: Request, limits: Limits, vocab_size: int) -> str | None:
+    """Why an engine of these limits can never serve the request, or None.
+
+    A prompt must leave room for one generated token: at most ``max_seq_len - 1`` tokens. A larger
+    `max_new_tokens` than then fits is allowed; the generation ends at max_seq_len ("length").
+    """
+    prompt = len(request.token_ids)
+    if prompt == 0:
+        return "the prompt is empty; give at least one token"
+    if prompt >= limits.max_seq_len:
+        return (
+            f"the prompt has {prompt} tokens, but the engine's max_seq_len is "
+            f"{limits.max_seq_len}, which leaves room for at most {limits.max_seq_len - 1}; "
+            "shorten the prompt or build with a larger --max-seq-len"
+        )
+    if request.max_new_tokens < 1:
+        return f"max_new_tokens is {request.max_new_tokens}; it must be at least 1"
+    for token in request.token_ids:
+        if not 0 <= token < vocab_size:
+            return f"token id {token} is not in the vocabulary; allowed: 0 to {vocab_size - 1}"
+    blocks = -(-_cached_tokens(request, limits) // limits.block_size)
+    if blocks > limits.num_blocks:
+        return (
+            f"prompt and generated tokens need {blocks} KV-cache blocks of {limits.block_size} "
+            f"tokens, but the engine has {limits.num_blocks}; "
+            "lower max_new_tokens or build with a larger --kv-cache-tokens"
+        )
+    return None
+
+
+def check_requests(requests: Iterable[Request], limits: Limits, vocab_size: int) -> None:
+    """Raise one RequestError that names every request which can never be served."""
+    reasons = [
+        f"request {request.index}: {reason}"
+        for request in requests
+        if (reason := refusal(request, limits, vocab_size))
+    ]
+    if reasons:
+        raise RequestError(join_reasons(reasons))
+
+
+def join_reasons(reasons: Sequence[str], shown: int = 10) -> str:
+    """Many faults as one line."""
+    more = len(reasons) - shown
+    return "; ".join(reasons[:shown]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _final_tokens(request: Request, limits: Limits) -> int:
+    """The longest that the sequence can become."""
+    return min(len(request.token_ids) + request.max_new_tokens, limits.max_seq_len)
+
+
+def _cached_tokens(request: Request, limits: Limits) -> int:
+    """The most tokens it can have in the cache: the last one drawn is never computed."""
+    return _final_tokens(request, limits) - 1
+
+
+class SequenceState:
+    """A request while it waits or runs.
+
+    num_tokens: prompt and generated tokens; num_computed: how many of them the cache holds.
+    """
+
+    def __init__(self, request: Request, number: int, limits: Limits) -> None:
+        self.request = request
+        self.number = number
+        self.num_prompt = len(request.token_ids)
+        self.final_tokens = _final_tokens(request, limits)
+        self._tokens = np.empty(self.final_tokens, np.int32)
+        self._tokens[: self.num_prompt] = request.token_ids
+        self.num_tokens = self.num_prompt
+        self.num_computed = 0
+
+    @property
+    def tokens(self) -> Int32:
+        """The sequence so far. A view whose content does not change later."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def generated(self) -> tuple[int, ...]:
+        return tuple(self.tokens[self.num_prompt :].tolist())
+
+    @property
+    def is_full(self) -> bool:
+        """As long as it may become."""
+        return self.num_tokens == self.final_tokens
+
+    def append(self, token: int) -> None:
+        self._tokens[self.num_tokens] = token
+        self.num_tokens += 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens ``start:stop`` of a sequence, to be computed in a step. The next token is wanted
+    where the chunk is the last of the sequence so far."""
+
+    sequence: SequenceState
+    start: int
+    stop: int
+
+    @property
+    def wants_token(self) -> bool:
+        return self.stop == self.sequence.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        return self.stop - self.start == 1 and self.start >= self.sequence.num_prompt
+
+
+class Scheduler:
+    """Chooses each step's chunks, and owns the KV cache's block tables.
+
+    Use: ``add`` at any time; then in turn ``schedule``, run the step, ``computed`` for its chunks,
+    append the drawn tokens, and ``finish`` for the sequences that are done.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        assert limits.max_num_tokens >= 1 and limits.max_batch_size >= 1
+        self.limits = limits
+        self.cache = KvCache(limits)
+        self.waiting: deque[SequenceState] = deque()
+        self.running: list[SequenceState] = []  # in order of admission
+        self.num_preemptions = 0
+        self._added = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> SequenceState:
+        """Put a request in the queue. It must be one that `refusal` does not refuse."""
+        sequence = SequenceState(request, self._added, self.limits)
+        self._added += 1
+        self.waiting.append(sequence)
+        return sequence
+
+    def schedule(self) -> list[Chunk]:
+        """The next step: at least one chunk where there is work, at most `max_num_tokens` tokens
+        and `max_batch_size` chunks, one a sequence; their blocks are allocated."""
+        budget = self.limits.max_num_tokens
+        preempted = self.num_preemptions
+        chunks = self._schedule_decodes(budget)
+        budget -= len(chunks)
+        decoding = {chunk.sequence.number for chunk in chunks}
+        for sequence in self.running:
+            if budget and sequence.number not in decoding:
+                chunks.append(self._chunk(sequence, budget))
+                budget -= chunks[-1].stop - chunks[-1].start
+        # Whoever has just been preempted would only be preempted again.
+        while budget and self.num_preemptions == preempted and self._admit():
+            chunks.append(self._chunk(self.running[-1], budget))
+            budget -= chunks[-1].stop - chunks[-1].start
+        assert chunks or not self.has_work, "no progress"
+        return chunks
+
+    def computed(self, chunks: Iterable[Chunk]) -> None:
+        """The step has run: the cache holds these chunks."""
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.stop
+
+    def finish(self, sequence: SequenceState) -> None:
+        """Remove a running sequence and free its blocks."""
+        self.running.remove(sequence)
+        self.cache.free(sequence.number)
+
+    def _schedule_decodes(self, budget: int) -> list[Chunk]:
+        """One token of each sequence that lacks only the last one, oldest first. The one to
+        preempt is the youngest, so it is never one that is scheduled already."""
+        chunks: list[Chunk] = []
+        for sequence in list(self.running):
+            if len(chunks) == budget:
+                break
+            # Nothing computed: a prompt of one token, or preempted in this loop.
+            if sequence.num_computed != sequence.num_tokens - 1 or sequence.num_computed == 0:
+                continue
+            while not self._grow(sequence):
+                if self._preempt_last() is sequence:
+                    break
+            else:
+                chunks.append(self._chunk(sequence, 1))
+        return chunks
+
+    def _grow(self, sequence: SequenceState) -> bool:
+        """Blocks for all its tokens; False where there are not enough."""
+        return self.cache.grow(sequence.number, sequence.num_tokens, sequence.final_tokens - 1)
+
+    def _chunk(self, sequence: SequenceState, budget: int) -> Chunk:
+        start = sequence.num_computed
+        return Chunk(sequence, start, min(sequence.num_tokens, start + budget))
+
+    def _admit(self) -> bool:
+        """Start the request at the head of the queue, if there is a place and blocks for all its
+        tokens, and one more for each sequence that may grow: without those it would soon be
+        preempted, and its prompt computed in vain."""
+        if not self.waiting or len(self.running) == self.limits.max_batch_size:
+            return False
+        sequence = self.waiting[0]
+        if self.running:
+            growing = sum(self._may_grow(other) for other in self.running)
+            if self.cache.missing(sequence.number, sequence.num_tokens) + growing > self.cache.num_free:
+                return False
+        fits = self._grow(sequence)
+        assert fits, "a request that does not fit an empty cache is refused on entry"
+        self.running.append(self.waiting.popleft())
+        return True
+
+    def _may_grow(self, sequence: SequenceState) -> bool:
+        return self.cache.missing(sequence.number, sequence.final_tokens - 1) > 0
+
+    def _preempt_last(self) -> SequenceState:
+        sequence = self.running.pop()
+        self.cache.free(sequence.number)
+        sequence.num_computed = 0
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+        return sequence

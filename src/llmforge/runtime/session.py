@@ -1,0 +1,224 @@
+"""The engine loop: schedule → StepBatch → Executable.step → sampled tokens → text.
+
+`Session` runs it on rank 0, `follow` on every other rank of the engine. It serves `generate` and
+`bench` alike and does not know which target it drives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import numpy as np
+
+from llmforge.comm import Comm
+from llmforge.engine.step import Int32, SampleRow, StepBatch
+from llmforge.engine.target import Executable
+from llmforge.errors import RequestError
+from llmforge.runtime.detokenizer import TextStream
+from llmforge.runtime.requests import Completion, FinishReason, Request
+from llmforge.runtime.sampling import sample
+from llmforge.runtime.scheduler import Chunk, Scheduler, SequenceState, refusal
+from llmforge.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """A step that has run: its wall time, sampling included, and the new tokens it computed."""
+
+    seconds: float
+    prefill_tokens: int
+    decode_tokens: int
+
+
+@dataclass
+class _Live:
+    """A request that is being served."""
+
+    request: Request
+    stream: TextStream | None
+    submitted: float
+    first_token: float | None = None
+    num_drawn: int = 0
+
+
+class Session:
+    """Serves requests on rank 0. Use as a context manager: leaving it ends the followers.
+
+    vocab_size: token ids of prompts are below this; so are those that the executable draws.
+    on_text: called with a request's index and each piece of its text as soon as it is certain;
+        the pieces together are the completion's text.
+    clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        executable: Executable,
+        comm: Comm,
+        *,
+        vocab_size: int,
+        tokenizer: Tokenizer | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        assert comm.rank == 0, "other ranks call follow()"
+        self.scheduler = Scheduler(executable.limits)
+        self.last_step: StepStats | None = None
+        self._executable = executable
+        self._comm = comm
+        self._vocab_size = vocab_size
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._clock = clock
+        self._live: dict[int, _Live] = {}  # by the sequence's number
+        self._stepping = False
+        self._closed = False
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Submit a request; it starts in one of the next steps. Raises RequestError where the
+        engine can never serve it."""
+        if reason := refusal(request, self._executable.limits, self._vocab_size):
+            raise RequestError(f"request {request.index}: {reason}")
+        if request.stop and self._tokenizer is None:
+            raise RequestError(
+                f"request {request.index}: stop strings need a tokenizer, which this engine has "
+                "not; leave `stop` out or convert the model with its tokenizer files"
+            )
+        stream = None
+        if self._tokenizer is not None:
+            stream = TextStream(self._tokenizer, request.token_ids, request.stop)
+        sequence = self.scheduler.add(request)
+        self._live[sequence.number] = _Live(request, stream, self._clock())
+
+    def step(self) -> list[Completion]:
+        """Run one step. Returns the requests that it finished. Needs `has_work`."""
+        assert self.has_work and not self._closed
+        started = self._clock()
+        chunks = self.scheduler.schedule()
+        batch = self._batch(chunks)
+        tokens = self._execute(batch)
+        self.scheduler.computed(chunks)
+        now = self._clock()
+        decoded = sum(chunk.is_decode for chunk in chunks)
+        self.last_step = StepStats(now - started, batch.num_tokens - decoded, decoded)
+        drawing = [chunk.sequence for chunk in chunks if chunk.wants_token]
+        finished = []
+        for sequence, token in zip(drawing, tokens.tolist(), strict=True):
+            if completion := self._accept(sequence, token, now):
+                finished.append(completion)
+        return finished
+
+    def close(self) -> None:
+        """Let the other ranks return from `follow`. Where a step was interrupted by an error they
+        are somewhere inside it and cannot be reached; the caller aborts the job."""
+        if not self._closed and not self._stepping and self._comm.size > 1:
+            self._comm.broadcast(None)
+        self._closed = True
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _batch(self, chunks: Sequence[Chunk]) -> StepBatch:
+        tables = [self.scheduler.cache.table(chunk.sequence.number) for chunk in chunks]
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
+        block_size = self._executable.limits.block_size
+        # Blocks that later positions will use are allocated already, but not part of the step.
+        widths = [-(-chunk.stop // block_size) for chunk in chunks]
+        block_table = np.zeros((len(chunks), max(widths)), np.int32)
+        for row, (table, width) in enumerate(zip(tables, widths, strict=True)):
+            block_table[row, :width] = table[:width]
+        starts = np.zeros(len(chunks) + 1, np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        wanted = [index for index, chunk in enumerate(chunks) if chunk.wants_token]
+        return StepBatch(
+            token_ids=np.concatenate([c.sequence.tokens[c.start : c.stop] for c in chunks]),
+            positions=np.concatenate([np.arange(c.start, c.stop, dtype=np.int32) for c in chunks]),
+            query_starts=starts,
+            kv_lens=np.array([chunk.stop for chunk in chunks], np.int32),
+            block_table=block_table,
+            prompt_lens=np.array([chunk.sequence.num_prompt for chunk in chunks], np.int32),
+            logit_rows=starts[1:][wanted] - np.int32(1),
+            sampling=tuple(self._sample_row(chunks[index].sequence) for index in wanted),
+        )
+
+    def _sample_row(self, sequence: SequenceState) -> SampleRow:
+        return SampleRow(sequence.request.sampling, sequence.num_tokens, sequence.tokens)
+
+    def _execute(self, batch: StepBatch) -> Int32:
+        """The step on all ranks; the tokens [R]."""
+        self._stepping = True
+        if self._comm.size > 1:
+            self._comm.broadcast(replace(batch, sampling=()))
+        result = self._executable.step(batch)
+        self._stepping = False
+        if result.tokens is not None:
+            return result.tokens
+        assert result.logits is not None, "an executable returns tokens or logits on rank 0"
+        return sample(result.logits, batch.sampling)
+
+    def _accept(self, sequence: SequenceState, token: int, now: float) -> Completion | None:
+        """Take a drawn token; the completion if it was the last."""
+        live = self._live[sequence.number]
+        request = live.request
+        live.num_drawn += 1
+        if live.first_token is None:
+            live.first_token = now
+        if token in request.eos_token_ids and not request.ignore_eos:
+            return self._finish(sequence, live, "eos", now)
+        sequence.append(token)
+        if live.stream is not None:
+            self._emit(live, live.stream.push(token))
+            if live.stream.stopped:
+                return self._finish(sequence, live, "stop", now)
+        if sequence.is_full:
+            return self._finish(sequence, live, "length", now)
+        return None
+
+    def _finish(
+        self, sequence: SequenceState, live: _Live, reason: FinishReason, now: float
+    ) -> Completion:
+        self.scheduler.finish(sequence)
+        del self._live[sequence.number]
+        text = None
+        if live.stream is not None:
+            self._emit(live, live.stream.finish())
+            text = live.stream.text
+            if live.stream.stopped:
+                reason = "stop"
+        assert live.first_token is not None
+        return Completion(
+            index=live.request.index,
+            text=text,
+            token_ids=sequence.generated,
+            finish_reason=reason,
+            prompt_tokens=sequence.num_prompt,
+            ttft=live.first_token - live.submitted,
+            latency=now - live.submitted,
+            num_drawn=live.num_drawn,
+        )
+
+    def _emit(self, live: _Live, piece: str) -> None:
+        if piece and self._on_text is not None:
+            self._on_text(live.request.index, piece)
+
+
+def follow(executable: Executable, comm: Comm) -> None:
+    """What every rank but 0 does: run the steps that rank 0 runs, until its session is closed."""
+    assert comm.rank != 0
+    batch: StepBatch | None
+    while (batch := comm.broadcast(None)) is not None:
+        executable.step(batch)
