@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import Any
 
-from llmforge.errors import LlmforgeError, OutputError, StoreError
+from llmforge.errors import OutputError, StoreError
+from llmforge.guard import FileLock, sigterm_raises
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(label, bytes_done, bytes_total) while long work goes on."""
@@ -104,10 +102,10 @@ class ArtifactWriter:
         self._overwrite = overwrite
         self._recorded: dict[str, tuple[int, str]] = {}
         self._created_parents: list[Path] = []
-        self._lock_fd = -1
+        self._lock = FileLock(self._sibling("lock"))
+        self._signals = contextlib.ExitStack()
         self._committed = False
         self._needed = 0
-        self._old_handler: Any = None
         self._check_output()
 
     def _sibling(self, suffix: str) -> Path:
@@ -148,22 +146,22 @@ class ArtifactWriter:
             raise OutputError(f"cannot write {self._shown}: {parent} is not writable")
 
     def __enter__(self) -> ArtifactWriter:
+        self._signals.enter_context(sigterm_raises())
         try:
             self._make_parents()
-            self._lock()
-            try:
-                self._clear_leftovers()
-                self._check_output()
-                self.directory.mkdir()
-            except BaseException:
-                self._unlock()
-                raise
+            if not self._lock.acquire():
+                raise OutputError(
+                    f"another llmforge process is writing {self._shown}; wait until it is done "
+                    "or name another output"
+                )
+            self._clear_leftovers()
+            self._check_output()
+            self.directory.mkdir()
         except BaseException as error:
-            self._remove_parents()
+            self._leave()
             if isinstance(error, OSError):
                 raise self._output_error(error) from error
             raise
-        self._catch_sigterm()
         return self
 
     def __exit__(
@@ -172,16 +170,17 @@ class ArtifactWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if not self._committed:
-                shutil.rmtree(self.directory, ignore_errors=True)
-        finally:
-            self._unlock()
-            if not self._committed:
-                self._remove_parents()
-            self._release_sigterm()
+        if not self._committed:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self._leave()
         if isinstance(error, OSError) and self._is_ours(error):
             raise self._output_error(error) from error
+
+    def _leave(self) -> None:
+        self._lock.release()
+        if not self._committed:
+            self._remove_parents()
+        self._signals.close()
 
     def require_space(self, nbytes: int) -> None:
         """Raises OutputError where `nbytes` more do not fit."""
@@ -202,7 +201,9 @@ class ArtifactWriter:
         files: dict[str, dict[str, Any]] = {}
         for relative in sorted(_files_below(self.directory)):
             path = self.directory / relative
-            size, digest = self._recorded.pop(relative, None) or _hash_file(path)
+            size, digest = (
+                self._recorded.pop(relative) if relative in self._recorded else _hash_file(path)
+            )
             assert size == path.stat().st_size, f"{path} has another size than was recorded"
             files[relative] = {"size": size, "sha256": digest}
             _fsync(path)
@@ -253,53 +254,6 @@ class ArtifactWriter:
             with contextlib.suppress(OSError):  # somebody else put something there
                 directory.rmdir()
 
-    def _lock(self) -> None:
-        path = self._sibling("lock")
-        while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                raise OutputError(
-                    f"another llmforge process is writing {self._shown}; wait until it is done "
-                    "or name another output"
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                    os.close(fd)
-                    raise
-                # A network file system without locks: better unguarded than not at all.
-            # The holder before us removes the file when it is done: ours must be the named one.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(path)):
-                    self._lock_fd = fd
-                    return
-            os.close(fd)
-
-    def _unlock(self) -> None:
-        if self._lock_fd >= 0:
-            with contextlib.suppress(OSError):
-                self._sibling("lock").unlink()
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-
-    def _catch_sigterm(self) -> None:
-        """Turn SIGTERM into SystemExit, so that the context is left and cleaned up."""
-
-        def leave(number: int, frame: FrameType | None) -> NoReturn:
-            raise SystemExit(128 + number)
-
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._old_handler = signal.signal(signal.SIGTERM, leave)
-
-    def _release_sigterm(self) -> None:
-        if self._old_handler is not None:
-            signal.signal(signal.SIGTERM, self._old_handler)
-            self._old_handler = None
-
     def _is_ours(self, error: OSError) -> bool:
         """Whether the error is about writing here, not about something that was read."""
         if error.errno in _SPACE_ERRORS:
@@ -308,7 +262,7 @@ class ArtifactWriter:
         below = str(self.output.parent) + os.sep
         return any(name and os.path.realpath(name).startswith(below) for name in names)
 
-    def _output_error(self, error: OSError) -> LlmforgeError:
+    def _output_error(self, error: OSError) -> OutputError:
         if error.errno in _SPACE_ERRORS:
             needed = f" ({size_text(self._needed)} needed)" if self._needed else ""
             return OutputError(

@@ -229,7 +229,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_bytes(fd: int, offset: int, count: int) -> NDArray[np.uint8]:
     """`count` bytes at `offset` in a fresh array. Raises EOFError where the file is shorter."""
     buffer = np.empty(count, np.uint8)
-    view = memoryview(buffer)
+    view = memoryview(buffer.data)
     done = 0
     while done < count:
         part = os.preadv(fd, [view[done : done + _READ_CHUNK]], offset + done)
@@ -273,7 +273,7 @@ class SafetensorsWriter:
         count = 0
         for part in parts:
             assert part.dtype == NUMPY_DTYPES[dtype], (name, part.dtype, dtype)
-            self._append(memoryview(part.reshape(-1).view(np.uint8)))
+            self._append(part.reshape(-1).view(np.uint8).data)
             count += part.size
         assert count == math.prod(shape), (name, count, shape)
 

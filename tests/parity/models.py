@@ -71,7 +71,7 @@ CASES = [
     Case(
         "llama-group-7",
         "Llama",
-        {"num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 8},
+        {"hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2},
     ),
     Case("llama-gelu", "Llama", {"hidden_act": "gelu_pytorch_tanh"}),
     Case("llama-linear", "Llama", _rope("linear", factor=4.0)),

@@ -37,6 +37,9 @@ def engine_of(directory: Path, **settings: object) -> tuple[Engine, Executable]:
 def greedy_by_transformers(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
     tokens, cache, ids = [], None, torch.tensor([prompt])
     with torch.inference_mode():
+        # With dynamic scaling transformers keeps the frequencies of the longest sequence so far;
+        # a short input makes it start anew.
+        model(torch.tensor([[0]]))
         for _ in range(count):
             out = model(ids, past_key_values=cache, use_cache=True)
             ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values

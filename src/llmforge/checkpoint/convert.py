@@ -7,10 +7,11 @@ more, whatever the model's size.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from llmforge import __version__
@@ -24,6 +25,7 @@ from llmforge.artifact import (
     no_warning,
 )
 from llmforge.checkpoint import store
+from llmforge.checkpoint.config import DTYPE_BYTES
 from llmforge.checkpoint.dtypes import convert_parts, has_nonfinite
 from llmforge.checkpoint.mapping import Group, Plan
 from llmforge.checkpoint.params import parameters
@@ -120,15 +122,15 @@ class _Conversion:
         waiting: dict[str, Array] = {}  # results of a group that are not due yet
         order = iter(self._specs)
         due = next(order, None)
-        for group, arrays in read_ahead(self._source, self._source.plan.groups):
-            waiting.update(self._apply(group, arrays))
-            del arrays
-            while due in waiting:
-                array = waiting.pop(due)
-                weights.write(due, self._parts(due, array))
-                done += array.size * (4 if self._dtype == "float32" else 2)
-                self._progress("converting", done, total)
-                due = next(order, None)
+        with contextlib.closing(read_ahead(self._source, self._source.plan.groups)) as stream:
+            for group, arrays in stream:
+                waiting.update(self._apply(group, arrays))
+                del arrays  # no array may outlive its turn: read_ahead counts it as gone
+                while due in waiting:
+                    done += waiting[due].size * DTYPE_BYTES[self._dtype]
+                    weights.write(due, self._parts(due, waiting.pop(due)))
+                    self._progress("converting", done, total)
+                    due = next(order, None)
         assert due is None and not waiting, (due, list(waiting))
 
     def _apply(self, group: Group, arrays: list[Array]) -> dict[str, Array]:
@@ -175,7 +177,9 @@ def _ignored(plan: Plan) -> dict[str, object]:
     }
 
 
-def read_ahead(source: Source, groups: Iterable[Group]) -> Iterator[tuple[Group, list[Array]]]:
+def read_ahead(
+    source: Source, groups: Iterable[Group]
+) -> Generator[tuple[Group, list[Array]], None, None]:
     """The groups with their arrays, read by a thread while the caller works on earlier ones.
 
     At most READ_AHEAD bytes are held, the group that the caller works on included; or two groups,

@@ -8,17 +8,21 @@ import numpy as np
 
 from llmforge.safetensors_io import NUMPY_DTYPES, Array
 
-_PART = 1 << 22  # elements converted at a time
+_PART = 1 << 20  # elements converted at a time
 _SCAN = 1 << 18  # elements looked at at a time: they stay in the cache for the second look
 # Of each float format, the bits of positive infinity: what is not finite is at least that.
-_INFINITY = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: 0x7F800000, 8: 0x7FF0000000000000}
+_INFINITY = {
+    "bfloat16": 0x7F80,
+    "float16": 0x7C00,
+    "float32": 0x7F800000,
+    "float64": 0x7FF0000000000000,
+}
 
 
 def has_nonfinite(array: Array) -> bool:
     """Whether a contiguous array of floats holds a NaN or an infinity."""
     size = array.dtype.itemsize
-    entry = _INFINITY[size]
-    infinity = entry[array.dtype.name] if isinstance(entry, dict) else entry
+    infinity = _INFINITY[array.dtype.name]
     sign = 1 << (8 * size - 1)
     flat = array.reshape(-1)
     # Floats order as their bits do, so two maxima tell: positive values are the largest as signed

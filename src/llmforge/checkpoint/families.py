@@ -70,7 +70,7 @@ def _linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
     return tuple(_rename(f"{theirs}.{part}", f"{ours}.{part}") for part in ("weight", "bias"))  # type: ignore[return-value]
 
 
-# Rules for parameters that a config does not have (biases, qk-norm, an untied head) are passed over.
+# Rules for what a config does not have (biases, qk-norm, an untied head) are passed over.
 _LLAMA_RULES = (
     _rename("model.embed_tokens.weight", "embed.weight"),
     _rename("model.layers.{i}.input_layernorm.weight", "layers.{i}.attention_norm.weight"),

@@ -110,9 +110,8 @@ def _instances(rule: Rule, layers: int) -> Iterable[tuple[tuple[str, ...], tuple
 def _check_rules(groups: Sequence[Group], specs: Mapping[str, ParamSpec]) -> None:
     """The family's table itself is total: a mistake there is ours, not the user's."""
     filled = [name for group in groups for name in group.ours]
-    assert sorted(filled) == sorted(specs), (
-        set(filled).symmetric_difference(specs) or "filled twice"
-    )
+    wrong = set(filled).symmetric_difference(specs)
+    assert len(filled) == len(specs) and not wrong, wrong or "a parameter is filled twice"
 
 
 def _check_tensors(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,21 @@ _IDS_ONLY = "the checkpoint will work with token ids only"
 def copy_tokenizer(source: Path, destination: Path, warn: Warn) -> list[str]:
     """Copy what there is of FILES from `source` into `destination`, which is made for it, and make
     a tokenizer.json where there are only older files. Returns the names of the files written."""
-    names = [name for name in FILES if (source / name).is_file()]
+    files: dict[str, bytes] = {}
+    for name in FILES:
+        try:
+            files[name] = (source / name).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            warn(f"{source / name} cannot be read ({error.strerror}) and is left out")
+    names = list(files)
     if not names:
         warn(f"there is no tokenizer in {source}: {_IDS_ONLY}")
         return []
     destination.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / name, destination / name)
+    for name, data in files.items():
+        (destination / name).write_bytes(data)
     path = destination / TOKENIZER_JSON
     if TOKENIZER_JSON not in names and not _make_tokenizer_json(destination, names, warn):
         return names

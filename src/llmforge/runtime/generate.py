@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from llmforge.comm import Comm
 from llmforge.engine.target import Executable
 from llmforge.runtime.requests import Completion, Request
 from llmforge.runtime.scheduler import check_requests
 from llmforge.runtime.session import Session, follow
-from llmforge.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llmforge.runtime.tokenizer import Tokenizer
 
 __all__ = ["follow", "generate"]
 

@@ -42,8 +42,8 @@ def sample(logits: Float32, rows: Sequence[SampleRow]) -> Int32:
         return _argmax(logits, rows)
     tokens = np.empty(len(rows), np.int32)
     if plain.any():
-        tokens[plain] = _argmax(logits[plain], [rows[i] for i in np.flatnonzero(plain)])
-    for index in np.flatnonzero(~plain):
+        tokens[plain] = _argmax(logits[plain], [rows[i] for i in range(len(rows)) if plain[i]])
+    for index in np.flatnonzero(~plain).tolist():
         tokens[index] = _sample_row(logits[index], rows[index])
     return tokens
 
@@ -115,11 +115,11 @@ def _sample_row(logits: Float32, row: SampleRow) -> int:
 
 
 def _argmax(logits: Float32, rows: Sequence[SampleRow]) -> Int32:
-    tokens = logits.argmax(axis=1)
+    tokens: Int32 = logits.argmax(axis=1).astype(np.int32)
     # argmax takes NaN for the largest, so looking at what it found is enough.
     for row, largest in zip(rows, logits[np.arange(len(tokens)), tokens], strict=True):
         _check_finite(float(largest), row.position)
-    return tokens.astype(np.int32)
+    return tokens
 
 
 def _check_finite(largest: float, position: int) -> None:
@@ -175,7 +175,8 @@ def _philox_words(seed: int, position: int, tokens: Int64) -> UInt64:
     for start in range(0, len(blocks), _CACHED_BLOCKS):
         part = slice(start, start + _CACHED_BLOCKS)
         words[part] = _philox(seed, position, blocks[part].astype(np.uint64))
-    return words[inverse, tokens & 3]
+    selected: UInt64 = words[inverse, tokens & 3]
+    return selected
 
 
 def _philox(seed: int, position: int, blocks: UInt64) -> UInt64:

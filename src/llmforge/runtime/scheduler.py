@@ -14,7 +14,7 @@ advances, finishes, and hands the place to the next.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from llmforge.engine.step import Int32, Limits
 from llmforge.errors import RequestError
 from llmforge.runtime.cache import KvCache
-from llmforge.runtime.requests import Request
+from llmforge.runtime.requests import Request, join_reasons
 
 
 def refusal(request: Request, limits: Limits, vocab_size: int) -> str | None:
@@ -64,12 +64,6 @@ def check_requests(requests: Iterable[Request], limits: Limits, vocab_size: int)
     ]
     if reasons:
         raise RequestError(join_reasons(reasons))
-
-
-def join_reasons(reasons: Sequence[str], shown: int = 10) -> str:
-    """Many faults as one line."""
-    more = len(reasons) - shown
-    return "; ".join(reasons[:shown]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _final_tokens(request: Request, limits: Limits) -> int:
@@ -225,7 +219,8 @@ class Scheduler:
         sequence = self.waiting[0]
         if self.running:
             growing = sum(self._may_grow(other) for other in self.running)
-            if self.cache.missing(sequence.number, sequence.num_tokens) + growing > self.cache.num_free:
+            needed = self.cache.missing(sequence.number, sequence.num_tokens)
+            if needed + growing > self.cache.num_free:
                 return False
         fits = self._grow(sequence)
         assert fits, "a request that does not fit an empty cache is refused on entry"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,7 +22,9 @@ from llmforge.runtime.detokenizer import TextStream
 from llmforge.runtime.requests import Completion, FinishReason, Request
 from llmforge.runtime.sampling import sample
 from llmforge.runtime.scheduler import Chunk, Scheduler, SequenceState, refusal
-from llmforge.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llmforge.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

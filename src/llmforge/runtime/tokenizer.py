@@ -54,8 +54,9 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the tokenizer puts around a text."""
-        return self._prefix + self._tokenizer.encode(text).ids
+        """Token ids of a prompt, with the special tokens that the tokenizer puts around a text.
+        Raises RequestError where the text has lone surrogates."""
+        return self._prefix + self._encode(text, add_special_tokens=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Their text, without special tokens."""
@@ -71,7 +72,14 @@ class Tokenizer:
                 'and "messages")'
             )
         text = self._template.render(messages)
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not valid Unicode ({error}); correct it") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)

@@ -134,6 +134,8 @@ def _check_directory(directory: Path) -> None:
         raise SourceError(f"cannot read {directory}: {error.strerror}") from error
     if not names:
         raise SourceError(f"{directory} is empty; it must hold config.json and the weights")
+    if CONFIG not in names and "manifest.yaml" in names:
+        raise SourceError(f"{directory} is a llmforge checkpoint already; llmforge build takes it")
     if CONFIG not in names:
         raise SourceError(f"{directory} has no config.json; {_supported(names)}")
 

@@ -80,12 +80,14 @@ def _download(
         raise SourceError(f"{repo_id} on the Hub has no revision {revision!r}") from error
     except Exception as error:  # network libraries differ by version of huggingface_hub
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise SourceError(f"{where} cannot be downloaded: {lines[0]}") from error
+        raise SourceError(
+            f"{repo_id} is not a directory here, and {where} cannot be downloaded: {lines[0]}"
+        ) from error
 
 
 def _reporter(progress: Progress) -> Any:
     """A stand-in for tqdm that prints nothing and reports bytes to `progress`."""
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class Reporter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:

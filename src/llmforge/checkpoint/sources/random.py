@@ -26,7 +26,7 @@ from llmforge.checkpoint.params import parameters
 from llmforge.safetensors_io import NUMPY_DTYPES, Array, TensorInfo
 
 _LEVELS = 1 << 16
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 
 class RandomSource:
