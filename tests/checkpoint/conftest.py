@@ -31,9 +31,7 @@ Tensors = dict[str, Any]
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, size, vocab = (
-        config[k] for k in ("hidden_size", "intermediate_size", "vocab_size")
-    )
+    hidden, size, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = hidden // heads
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
@@ -51,6 +49,11 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             f"{layer}mlp.down_proj.weight": (hidden, size),
         }
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
+@pytest.fixture
+def base_config() -> dict[str, Any]:
+    return dict(CONFIG)
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def hf_model(tmp_path: Path) -> Callable[..., Path]:
         if not shards:
             save_file(tensors, directory / "model.safetensors")
             return directory
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index in range(shards):
             file = f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
             part = dict(list(tensors.items())[index::shards])

@@ -12,8 +12,6 @@ from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families import FAMILIES, read_config
 from llmforge.errors import SourceError, UnsupportedModelError
 
-CONFIG: dict[str, Any] = {}
-
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -39,10 +37,12 @@ def read(tmp_path: Path, values: dict[str, Any]) -> ModelConfig:
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_both_spellings_mean_the_same(tmp_path: Path, name: str) -> None:
+def test_both_spellings_mean_the_same(
+    tmp_path: Path, base_config: dict[str, Any], name: str
+) -> None:
     kind = name.partition("-")[0]
-    old = {**CONFIG, "rope_theta": 5e5, "rope_scaling": {"type": kind, **SCALINGS[name]}}
-    new = {k: v for k, v in CONFIG.items() if k not in ("rope_theta", "torch_dtype")}
+    old = {**base_config, "rope_theta": 5e5, "rope_scaling": {"type": kind, **SCALINGS[name]}}
+    new = {k: v for k, v in base_config.items() if k not in ("rope_theta", "torch_dtype")}
     new |= {"rope_parameters": {"rope_type": kind, "rope_theta": 5e5, **SCALINGS[name]}}
     new |= {"dtype": "bfloat16"}
     assert read(tmp_path, old) == read(tmp_path, new)
@@ -53,14 +53,14 @@ def test_both_spellings_mean_the_same(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("head_dim", [16, 80])
 @pytest.mark.parametrize("length", [0, 50, 1000])
 def test_rope_frequencies_are_those_of_transformers(
-    tmp_path: Path, name: str, head_dim: int, length: int
+    tmp_path: Path, base_config: dict[str, Any], name: str, head_dim: int, length: int
 ) -> None:
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = name.partition("-")[0]
     rope = {"rope_type": kind, "rope_theta": 5e5, **SCALINGS[name]}
-    values = {**CONFIG, "head_dim": head_dim, "rope_parameters": rope}
+    values = {**base_config, "head_dim": head_dim, "rope_parameters": rope}
     del values["rope_theta"]
     ours = read(tmp_path, values).rope
     theirs = transformers.LlamaConfig.from_pretrained(tmp_path)
@@ -69,11 +69,13 @@ def test_rope_frequencies_are_those_of_transformers(
     assert ours.attention_factor == pytest.approx(factor)
 
 
-def test_plain_rope_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
+def test_plain_rope_frequencies_are_those_of_transformers(
+    tmp_path: Path, base_config: dict[str, Any]
+) -> None:
     import transformers
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    ours = read(tmp_path, CONFIG).rope
+    ours = read(tmp_path, base_config).rope
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig.from_pretrained(tmp_path))
     assert ours.frequencies() == pytest.approx(theirs.inv_freq.tolist(), rel=2e-6)
 
@@ -99,7 +101,9 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path, family:
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.bos_token_id == theirs.bos_token_id
-    assert list(ours.eos_token_ids) == ([] if theirs.eos_token_id is None else [theirs.eos_token_id])
+    assert list(ours.eos_token_ids) == (
+        [] if theirs.eos_token_id is None else [theirs.eos_token_id]
+    )
     model = getattr(transformers, family.architectures[0])
     with __import__("torch").device("meta"):
         layer = model(theirs).model.layers[0]
@@ -142,24 +146,24 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path, family:
     ],
 )
 def test_sliding_windows(
-    tmp_path: Path, changes: dict[str, Any], windows: list[int | None]
+    tmp_path: Path, base_config: dict[str, Any], changes: dict[str, Any], windows: list[int | None]
 ) -> None:
-    config = read(tmp_path, {**CONFIG, "architectures": None, **changes})
+    config = read(tmp_path, {**base_config, "architectures": None, **changes})
     assert list(config.sliding_window) == windows
 
 
-def test_end_of_sequence_tokens_are_collected(tmp_path: Path) -> None:
+def test_end_of_sequence_tokens_are_collected(tmp_path: Path, base_config: dict[str, Any]) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 2, 9]}')
-    assert read(tmp_path, {**CONFIG, "eos_token_id": [7, 5, -1]}).eos_token_ids == (7, 5, 2, 9)
+    assert read(tmp_path, {**base_config, "eos_token_id": [7, 5, -1]}).eos_token_ids == (7, 5, 2, 9)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert read(tmp_path, {**CONFIG, "eos_token_id": None}).eos_token_ids == ()
+    assert read(tmp_path, {**base_config, "eos_token_id": None}).eos_token_ids == ()
 
 
-def test_partial_rotation_and_null_fields(tmp_path: Path) -> None:
+def test_partial_rotation_and_null_fields(tmp_path: Path, base_config: dict[str, Any]) -> None:
     config = read(
         tmp_path,
         {
-            **CONFIG,
+            **base_config,
             "partial_rotary_factor": 0.5,
             "head_dim": None,
             "num_key_value_heads": None,
@@ -215,10 +219,14 @@ def test_partial_rotation_and_null_fields(tmp_path: Path) -> None:
     ],
 )
 def test_bad_config(
-    tmp_path: Path, changes: dict[str, Any], error: type[Exception], words: str
+    tmp_path: Path,
+    base_config: dict[str, Any],
+    changes: dict[str, Any],
+    error: type[Exception],
+    words: str,
 ) -> None:
     with pytest.raises(error) as caught:
-        read(tmp_path, {**CONFIG, **changes})
+        read(tmp_path, {**base_config, **changes})
     assert type(caught.value) is error
     assert words in str(caught.value)
     assert str(tmp_path / "config.json") in str(caught.value)

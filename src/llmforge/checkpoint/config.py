@@ -138,5 +138,5 @@ class ModelConfig:
             fields["sliding_window"] = tuple(fields["sliding_window"])
             fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
             return cls(**fields)
-        except (TypeError, KeyError, AssertionError) as error:
+        except (TypeError, ValueError, KeyError, ArithmeticError, AssertionError) as error:
             raise StoreError(f"the manifest's model config is not valid: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -208,7 +209,7 @@ def read_ahead(
         try:
             for group in groups:
                 with changed:
-                    changed.wait_for(lambda size=group.nbytes: has_room(size))  # type: ignore[misc]
+                    changed.wait_for(functools.partial(has_room, group.nbytes))
                     if stopped:
                         return
                     in_flight[0] += group.nbytes

@@ -149,12 +149,7 @@ def _read_common(family: Family, fields: Fields, **own: Any) -> ModelConfig:
     hidden = fields.integer("hidden_size")
     layers = fields.integer("num_hidden_layers")
     heads = fields.integer("num_attention_heads")
-    kv_heads = fields.integer(
-        "num_key_value_heads",
-        heads
-        if "num_key_value_heads" in fields.data or not _default(family, "num_key_value_heads")
-        else _default(family, "num_key_value_heads"),
-    )
+    kv_heads = fields.integer("num_key_value_heads", _default_kv_heads(family, fields, heads))
     if heads % kv_heads:
         raise fields.bad("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     head_dim = _read_head_dim(family, fields, hidden, heads)
@@ -181,6 +176,13 @@ def _read_common(family: Family, fields: Fields, **own: Any) -> ModelConfig:
         eos_token_ids=fields.token_ids("eos_token_id", _default(family, "eos_token_id")),
         **{"sliding_window": (None,) * layers, **own},
     )
+
+
+def _default_kv_heads(family: Family, fields: Fields, heads: int) -> int:
+    """Null means as many as attention heads; an absent field, the family's default."""
+    if "num_key_value_heads" in fields.data:
+        return heads
+    return _default(family, "num_key_value_heads") or heads
 
 
 def _read_head_dim(family: Family, fields: Fields, hidden: int, heads: int) -> int:

@@ -140,7 +140,7 @@ def _check_tensors(
         ("unsupported dtypes", bad_dtype),
     ):
         if names:
-            problems.append(f"{len(names)} {label}: {listed(names)}")
+            problems.append(f"{label} ({len(names)}): {listed(names)}")
     if bad_dtype:
         problems.append(f"supported dtypes are {', '.join(SOURCE_DTYPES)}")
     if problems:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmforge import __version__
-from llmforge.artifact import ArtifactWriter, Manifest, Progress, Warn, no_progress, no_warning
+from llmforge.artifact import GB, ArtifactWriter, Manifest, Progress, Warn, no_progress, no_warning
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.store import Checkpoint
-from llmforge.engine.memory import MemoryPlan, plan_memory
+from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
 from llmforge.engine.store import FORMAT_VERSION, KIND, MANIFEST, rank_directory
 from llmforge.engine.target import target as find_target
@@ -24,7 +24,7 @@ from llmforge.parallel import Topology
 from llmforge.settings import BuildSettings
 
 DEFAULT_TARGET = "cpu"
-GB = 10**9
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def build(
@@ -49,10 +49,12 @@ def build(
     limits = resolve_limits(config, settings, warn)
     ranks = range(topology.world_size)
     graphs = [target.prepare(trace(config, topology, rank)) for rank in ranks]
-    plans = [plan_memory(graph, limits) for graph in graphs]
+    plans = [target.memory(graph, limits) for graph in graphs]
     on_plan(plans)
     _check_memory(plans, settings.memory_limit_gb)
-    total = sum(plan.weights for plan in plans)
+    sizes = largest_step(limits)
+    on_disk = [sum(nbytes(p, sizes) for p in graph.parameters) for graph in graphs]
+    total = sum(on_disk)
     with ArtifactWriter(output, MANIFEST, overwrite=settings.overwrite) as writer:
         writer.require_space(total)
         done = 0
@@ -62,7 +64,7 @@ def build(
             directory.mkdir()
             for name, (size, sha256) in target.compile(graph, weights, limits, directory).items():
                 writer.record(f"{directory.name}/{name}", size, sha256)
-            done += plans[rank].weights
+            done += on_disk[rank]
         tokenizer = checkpoint.directory / "tokenizer"
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, writer.directory / "tokenizer")
@@ -135,6 +137,11 @@ def resolve_limits(
         raise SettingsError(
             f"max_num_tokens {max_num_tokens} is less than max_batch_size {batch}, so a step could "
             "not hold one token of each sequence; raise it or lower max_batch_size"
+        )
+    if settings.block_size not in BLOCK_SIZES:
+        raise SettingsError(
+            f"block_size {settings.block_size} is not allowed; "
+            f"allowed: {', '.join(map(str, BLOCK_SIZES))}"
         )
     blocks_per_seq = -(-max_seq_len // settings.block_size)
     if settings.kv_cache_tokens is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmforge.checkpoint.config import DTYPE_BYTES
@@ -36,19 +37,20 @@ def largest_step(limits: Limits) -> dict[str, int]:
     }
 
 
+def nbytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:
+    """The bytes of a tensor, its symbolic dimensions being of these sizes."""
+    shape = (sizes[d] if isinstance(d, str) else d for d in tensor.shape)
+    return math.prod(shape) * DTYPE_BYTES[tensor.dtype]
+
+
 def plan_memory(graph: Graph, limits: Limits) -> MemoryPlan:
-    """Weights and KV cache are exact; activations are the most that is alive at one node of the
-    largest step, the node's own inputs and outputs included."""
+    """What the graph itself needs: each parameter and state once, and of activations the most
+    that is alive at one node of the largest step, the node's own inputs and outputs included."""
     sizes = largest_step(limits)
-
-    def nbytes(tensor: Tensor) -> int:
-        shape = (sizes[d] if isinstance(d, str) else d for d in tensor.shape)
-        return math.prod(shape) * DTYPE_BYTES[tensor.dtype]
-
     return MemoryPlan(
-        weights=sum(nbytes(p) for p in graph.parameters),
-        kv_cache=sum(nbytes(s) for s in graph.states),
-        activations=_peak_alive(graph, {name: nbytes(t) for name, t in graph.tensors.items()}),
+        weights=sum(nbytes(p, sizes) for p in graph.parameters),
+        kv_cache=sum(nbytes(s, sizes) for s in graph.states),
+        activations=_peak_alive(graph, {n: nbytes(t, sizes) for n, t in graph.tensors.items()}),
     )
 
 
@@ -64,15 +66,15 @@ def last_uses(graph: Graph) -> dict[str, int]:
     return last
 
 
-def _peak_alive(graph: Graph, nbytes: dict[str, int]) -> int:
+def _peak_alive(graph: Graph, size: Mapping[str, int]) -> int:
     fixed = {t.name for t in (*graph.inputs, *graph.states, *graph.parameters)}
     last = last_uses(graph)
-    alive = sum(nbytes[t.name] for t in graph.inputs)
+    alive = sum(size[t.name] for t in graph.inputs)
     peak = alive
     for index, node in enumerate(graph.nodes):
-        alive += sum(nbytes[name] for name in node.outputs)
+        alive += sum(size[name] for name in node.outputs)
         peak = max(peak, alive)
         for name in {*node.inputs, *node.outputs}:
             if name and name not in fixed and last[name] == index:
-                alive -= nbytes[name]
+                alive -= size[name]
     return peak

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from llmforge.comm import Comm
+from llmforge.engine.memory import MemoryPlan
 from llmforge.engine.step import Limits, StepBatch, StepResult
 from llmforge.errors import SettingsError, TargetError
 from llmforge.model.graph import Graph, Parameter
@@ -59,6 +60,10 @@ class Target(Protocol):
 
     def prepare(self, graph: Graph) -> Graph:
         """The graph as this target wants it: its list of passes applied."""
+        ...
+
+    def memory(self, graph: Graph, limits: Limits) -> MemoryPlan:
+        """The memory that a rank with this prepared graph will need."""
         ...
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:

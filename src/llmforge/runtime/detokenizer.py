@@ -7,6 +7,7 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are not UTF-8
 _CONTEXT_TOKENS = 8
+_LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 
 class Decodes(Protocol):
@@ -28,16 +29,9 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Decodes, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        count = _CONTEXT_TOKENS
-        context = prompt_ids[-count:]
-        # Special tokens have no text; a context without any would make the next token the first.
-        while not (text := tokenizer.decode(context)) and len(context) < len(prompt_ids):
-            count *= 2
-            context = prompt_ids[-count:]
-        self._window = list(context)
-        # A prompt may end within a character, which the first tokens then complete.
-        self._known = len(text.rstrip(REPLACEMENT))
+        self._window = self._context(prompt_ids)
         self._num_known_tokens = len(self._window)
+        self._known = self._whole_characters()
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before; often empty."""
@@ -54,10 +48,35 @@ class IncrementalDecoder:
 
     def _advance(self, text: str) -> str:
         piece = text[self._known :]
-        self._window = self._window[self._num_known_tokens :]
+        recent = self._window[self._num_known_tokens :]
+        alone = self._tokenizer.decode(recent)
+        # By themselves the piece's tokens may have another text: they may begin within a character.
+        # Such a window is no context for the next token, so the longer one is kept.
+        if alone and piece.endswith(alone):
+            self._window, text = recent, alone
         self._num_known_tokens = len(self._window)
-        self._known = len(self._tokenizer.decode(self._window))
+        self._known = len(text)
         return piece
+
+    def _context(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, with text (special tokens have none, and the next token
+        would pass for the first), and from a character's beginning on."""
+        count = _CONTEXT_TOKENS
+        while True:
+            context = list(prompt_ids[-count:])
+            text = self._tokenizer.decode(context)
+            if len(context) == len(prompt_ids) or (text and not text.startswith(REPLACEMENT)):
+                return context
+            count *= 2
+
+    def _whole_characters(self) -> int:
+        """Length of the context's text without an incomplete character at its end, which the
+        generated tokens then complete."""
+        for missing in range(_LONGEST_CHARACTER):
+            text = self._tokenizer.decode(self._window[: len(self._window) - missing])
+            if not text.endswith(REPLACEMENT):
+                return len(text)
+        return len(self._tokenizer.decode(self._window))
 
 
 class StopChecker:

@@ -25,7 +25,7 @@ _SHIFT = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_CACHED_BLOCKS = 4096  # Philox blocks computed at once, so that they stay in the L2 cache
+_GROUP = 32  # scores of a group in _kth_largest
 
 
 def sample(logits: Float32, rows: Sequence[SampleRow]) -> Int32:
@@ -63,7 +63,7 @@ def filtered(
     largest = float(scores.max())
     _check_finite(largest, position)
     if 0 < params.top_k < len(scores):
-        bound = np.partition(scores, len(scores) - params.top_k)[len(scores) - params.top_k]
+        bound = _kth_largest(scores, params.top_k)
         tokens = np.flatnonzero((scores >= bound) & (scores > -np.inf))
         # Subtracting before dividing keeps tiny temperatures finite.
         scaled = (scores[tokens].astype(np.float64) - largest) / params.temperature
@@ -144,6 +144,20 @@ def _penalised(logits: Float32, penalty: float, history: Int32) -> Float32:
     return result
 
 
+def _kth_largest(scores: Float32, k: int) -> np.float32:
+    """Exactly the k-th largest, for 1 <= k <= n, mostly without partitioning all n.
+
+    Cut the scores into at least k groups: the k-th largest of the groups' maxima is reached by k
+    scores, so it is a lower bound, and only the scores that reach it need be partitioned.
+    """
+    groups = len(scores) // _GROUP
+    if groups >= k:
+        maxima = scores[: groups * _GROUP].reshape(groups, _GROUP).max(axis=1)
+        scores = scores[scores >= np.partition(maxima, groups - k)[groups - k]]
+    found: np.float32 = np.partition(scores, len(scores) - k)[len(scores) - k]
+    return found
+
+
 def _nucleus(weights: Float64, top_p: float) -> Int64:
     """Ascending indices of the nucleus of n unnormalised probabilities.
 
@@ -170,12 +184,10 @@ def _philox_words(seed: int, position: int, tokens: Int64) -> UInt64:
     is_new = np.empty(len(tokens), np.bool_)
     is_new[:1] = True
     np.not_equal(of_token[1:], of_token[:-1], out=is_new[1:])
-    blocks, inverse = of_token[is_new], is_new.cumsum() - 1
-    words = np.empty((len(blocks), 4), np.uint64)
-    for start in range(0, len(blocks), _CACHED_BLOCKS):
-        part = slice(start, start + _CACHED_BLOCKS)
-        words[part] = _philox(seed, position, blocks[part].astype(np.uint64))
-    selected: UInt64 = words[inverse, tokens & 3]
+    words = _philox(seed, position, of_token[is_new].astype(np.uint64))
+    if words.size == len(tokens):
+        return words.reshape(-1)
+    selected: UInt64 = words[is_new.cumsum() - 1, tokens & 3]
     return selected
 
 

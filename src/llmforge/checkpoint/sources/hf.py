@@ -164,7 +164,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise SourceError(f"{path} names files outside of its directory: {listed(outside)}")
     if missing := [file for file in files if not (directory / file).is_file()]:
         raise SourceError(
-            f"{path} names {len(missing)} files that are missing: {listed(missing)}; "
+            f"{path} names files that are missing ({len(missing)}): {listed(missing)}; "
             "download the model again"
         )
     return [directory / file for file in files], index
@@ -198,7 +198,7 @@ def _locate(
             absent.append(f"{name} ({file_name})")
     if absent:
         raise SourceError(
-            f"the index of {directory} names {len(absent)} tensors that are not in their files: "
-            f"{listed(absent)}"
+            f"the index of {directory} names tensors that are not in their files "
+            f"({len(absent)}): {listed(absent)}"
         )
     return found

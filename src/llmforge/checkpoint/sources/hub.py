@@ -13,8 +13,8 @@ from llmforge.checkpoint.sources.hf import CONFIG, HfSource
 from llmforge.checkpoint.tokenizer_files import FILES
 from llmforge.errors import SourceError
 
-# "org/name", or the name alone for the few models without an organisation.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# "org/name"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Not *.safetensors: some models carry the same weights again under other names.
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _BIN = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
@@ -26,7 +26,6 @@ def is_hub_id(source: str | Path) -> bool:
     return (
         isinstance(source, str)
         and not Path(text).exists()
-        and "/" in text
         and ".." not in text
         and _HUB_ID.fullmatch(text) is not None
     )

@@ -1,8 +1,14 @@
 """Attention over the paged KV cache with torch's fused kernel.
 
-Where each sequence's keys lie is worked out once a step and shared by all layers
-(`AttentionPlan`); sequences that add one token (decode) are attended to together, those that add
-more (prefill) one by one.
+A query's result must not depend on what else is in its step. torch's kernel sums over keys in
+runs of at most 512, and how it cuts the last run depends on the number of keys; so keys are always
+handed over in whole runs of `KEY_RUN`, counted from position 0, with what is not visible masked.
+The query heads that share a kv head stand as the rows of one attention over it, for one new token
+(decode, all sequences at once) as for many (prefill, a sequence at a time), since the kernel's
+path also depends on how the heads are laid out.
+
+Where each sequence's keys lie is worked out once a step, in an `AttentionPlan` for all layers
+with the same window.
 """
 
 from __future__ import annotations
@@ -14,149 +20,217 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from llmforge.checkpoint.config import DTYPE_BYTES
+from llmforge.engine.step import Limits
+from llmforge.model.graph import Graph
+
 Tensor = torch.Tensor
 
+KEY_RUN = 512
+_ROW_TILE = 8
+_QUERY_CHUNK = 128
+
+
+def new_cache(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A layer's key or value cache for the logical shape [blocks, block_size, kv_heads, head_dim],
+    with one more block, which belongs to nobody and stays zero: it stands where a run of keys has
+    none. The heads are outermost in memory, so that a head's keys are one matrix."""
+    blocks, block_size, kv_heads, head_dim = shape
+    heads_first = torch.zeros((kv_heads, blocks + 1, block_size, head_dim), dtype=dtype)
+    return heads_first.permute(1, 2, 0, 3)
+
+
+def attention_workspace(graph: Graph, limits: Limits) -> int:
+    """The most bytes that attention needs in one step: the keys and values that one layer gathers
+    for a full batch, and the masks of all layers' plans for a step that is one long prefill."""
+    keys = _whole_runs(limits.max_seq_len)
+    gathered, masks = 0, {}
+    for node in graph.nodes:
+        if node.op == "attention":
+            q, cache = graph.tensors[node.inputs[0]], graph.tensors[node.inputs[3]]
+            kv_heads, head_dim = int(cache.shape[2]), int(cache.shape[3])
+            itemsize = DTYPE_BYTES[q.dtype]
+            group = int(q.shape[-1]) // (kv_heads * head_dim)
+            size = 2 * limits.max_batch_size * keys * kv_heads * head_dim * itemsize
+            gathered = max(gathered, size)
+            masks[node.attrs["window"]] = limits.max_num_tokens * group * keys * itemsize
+    return gathered + sum(masks.values())
+
 
 @dataclass(frozen=True)
-class _Decode:
-    """Sequences with one new token: their row of the step, the cache slots of what they attend
-    to [sequences, longest], and which of those entries are theirs [sequences, 1, 1, longest]
-    (None where all are)."""
+class _Queries:
+    """Rows of the step that attend together, each group over its own run of cache blocks.
 
-    rows: Tensor
-    slots: Tensor
-    mask: Tensor | None
+    rows: which rows of the step. blocks: of the keys [groups, blocks]. num_keys: how many of the
+    blocks' keys take part. mask: added to the scores, [groups, 1, rows of the kernel, num_keys].
+    """
 
-
-@dataclass(frozen=True)
-class _Prefill:
-    """A sequence with several new tokens: its rows of the step, the cache slots that it attends
-    to, and the mask [rows, slots] (None: causal from the first slot on)."""
-
-    rows: slice
-    slots: Tensor | slice
-    mask: Tensor | None
+    rows: Tensor | slice
+    blocks: Tensor
+    num_keys: int
+    mask: Tensor
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Where the step's new tokens go in the cache, and what they attend to under one window."""
+    """Where a step's keys and values go, and what its queries see.
+
+    new_slots: for each new token, its place in the flattened blocks. fresh_blocks: the blocks
+    that the step begins. What their last owner left in them is cleared, because a masked value
+    still takes part as 0 * value, which is NaN where that is.
+    """
 
     new_slots: Tensor
-    decode: _Decode | None
-    prefills: tuple[_Prefill, ...]
+    fresh_blocks: Tensor
+    decode: _Queries | None
+    prefill: tuple[_Queries, ...]
 
-    @classmethod
-    def of(
-        cls,
-        query_starts: Tensor,
-        kv_lens: Tensor,
-        block_table: Tensor,
-        block_size: int,
-        window: int | None,
-    ) -> AttentionPlan:
-        lengths = query_starts.diff()
-        kv = kv_lens.tolist()
-        table = block_table.long()
 
-        def slots_of(sequence: int, start: int, stop: int) -> Tensor:
-            positions = torch.arange(start, stop)
-            return table[sequence, positions // block_size] * block_size + positions % block_size
+@dataclass(frozen=True)
+class Planner:
+    """Makes the plan of a step for layers with one window.
 
-        new = [
-            slots_of(i, kv[i] - n, kv[i]) for i, n in enumerate(lengths.tolist())
-        ]
-        bounds = query_starts.tolist()
-        single = (lengths == 1).nonzero().flatten().tolist()
-        prefills = tuple(
-            _prefill(slice(bounds[i], bounds[i + 1]), kv[i], window, slots_of, i)
-            for i in range(len(kv))
-            if bounds[i + 1] - bounds[i] > 1
+    query_starts [B + 1], kv_lens [B], block_table [B, blocks] are the step's; group: query heads
+    a kv head; zero_block: the cache's last block.
+    """
+
+    query_starts: Tensor
+    kv_lens: Tensor
+    block_table: Tensor
+    block_size: int
+    zero_block: int
+    group: int
+    window: int | None
+    dtype: torch.dtype
+
+    def plan(self) -> AttentionPlan:
+        starts, lengths = self.query_starts[:-1], self.query_starts.diff()
+        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+        before = self.kv_lens - lengths
+        positions = torch.arange(len(sequence)) + (before - starts)[sequence]
+        blocks = self.block_table[sequence, positions // self.block_size]
+        offsets = positions % self.block_size
+        single = (lengths == 1).nonzero().flatten()
+        several = (lengths > 1).nonzero().flatten().tolist()
+        return AttentionPlan(
+            blocks * self.block_size + offsets,
+            blocks[offsets == 0],
+            self._decode(single) if len(single) else None,
+            tuple(queries for index in several for queries in self._prefill(index)),
         )
-        decode = _decode([bounds[i] for i in single], single, kv, window, slots_of)
-        return cls(torch.cat(new), decode, prefills)
+
+    def _decode(self, sequences: Tensor) -> _Queries:
+        """All sequences with one new token, a group each."""
+        position = self.kv_lens[sequences] - 1
+        first = self._first_key(position)
+        num_keys = _whole_runs(int((position + 1 - first).max()))
+        keys = first[:, None] + torch.arange(num_keys)
+        return _Queries(
+            self.query_starts[sequences],
+            self._blocks(sequences, first, num_keys),
+            num_keys,
+            self._mask(position[:, None], keys)[:, None, None],
+        )
+
+    def _prefill(self, index: int) -> list[_Queries]:
+        """One sequence with several new tokens, in chunks of queries."""
+        start, stop = self.query_starts[index : index + 2].tolist()
+        before = int(self.kv_lens[index]) - stop
+        first = self._first_key(torch.tensor([start + before]))
+        blocks = self._blocks(
+            torch.tensor([index]), first, _whole_runs(stop + before - int(first))
+        )
+        chunks = []
+        for row in range(start, stop, _QUERY_CHUNK):
+            end = min(row + _QUERY_CHUNK, stop)
+            num_keys = _whole_runs(end + before - int(first))
+            mask = self._mask(
+                torch.arange(row, end)[:, None] + before, first + torch.arange(num_keys)
+            )
+            rows = F.pad(mask.repeat(self.group, 1), (0, 0, 0, _odd_rows(self.group * len(mask))))
+            chunks.append(_Queries(slice(row, end), blocks, num_keys, rows[None, None]))
+        return chunks
+
+    def _first_key(self, position: Tensor) -> Tensor:
+        """Where the run begins that holds the first key which a query at `position` sees."""
+        if self.window is None:
+            return torch.zeros_like(position)
+        return (position - self.window + 1).clamp(min=0) // KEY_RUN * KEY_RUN
+
+    def _blocks(self, sequences: Tensor, first: Tensor, num_keys: int) -> Tensor:
+        """The blocks of `num_keys` keys from `first` on, the zero block where there is none."""
+        column = first[:, None] // self.block_size + torch.arange(num_keys // self.block_size)
+        held = column * self.block_size < self.kv_lens[sequences][:, None]
+        table = self.block_table[sequences]
+        return table.gather(1, column.clamp(max=table.shape[1] - 1)).where(held, self.zero_block)
+
+    def _mask(self, position: Tensor, keys: Tensor) -> Tensor:
+        """0 where a query at `position` sees a key, else -inf."""
+        behind = position - keys
+        visible = (behind >= 0) if self.window is None else (behind >= 0) & (behind < self.window)
+        return torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, -torch.inf)
 
 
-def _decode(
-    rows: Sequence[int], sequences: Sequence[int], kv: Sequence[int], window: int | None, slots_of: Any
-) -> _Decode | None:
-    if not sequences:
-        return None
-    spans = [min(kv[i], window or kv[i]) for i in sequences]
-    longest = max(spans)
-    slots = torch.empty((len(sequences), longest), dtype=torch.long)
-    for row, (i, span) in enumerate(zip(sequences, spans, strict=True)):
-        slots[row, :span] = slots_of(i, kv[i] - span, kv[i])
-        # Masked entries repeat a slot of the same sequence: whatever another sequence's or an
-        # unused slot holds, even NaN, cannot reach this one.
-        slots[row, span:] = slots[row, 0]
-    mask = None
-    if min(spans) < longest:
-        mask = (torch.arange(longest) < torch.tensor(spans)[:, None])[:, None, None, :]
-    return _Decode(torch.tensor(rows), slots, mask)
+def _whole_runs(keys: int) -> int:
+    return -(-keys // KEY_RUN) * KEY_RUN
 
 
-def _prefill(
-    rows: slice, kv_len: int, window: int | None, slots_of: Any, sequence: int
-) -> _Prefill:
-    new = rows.stop - rows.start
-    first = 0 if window is None else max(0, kv_len - new - window + 1)
-    slots: Tensor = slots_of(sequence, first, kv_len)
-    mask = None
-    if new < kv_len or (window is not None and window < kv_len):
-        behind = torch.arange(kv_len - new, kv_len)[:, None] - torch.arange(first, kv_len)
-        mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-    start = int(slots[0])
-    contiguous = bool((slots == torch.arange(start, start + len(slots))).all())
-    return _Prefill(rows, slice(start, start + len(slots)) if contiguous else slots, mask)
+def _odd_rows(rows: int) -> int:
+    """How many rows are missing to a whole tile."""
+    return -rows % _ROW_TILE
 
 
 def attention(inputs: Sequence[Any], attrs: Mapping[str, Any], context: Any) -> tuple[Tensor]:
-    """The cpu target's row for the op `attention`; `context.plan` gives the AttentionPlan."""
+    """The cpu target's row for the op `attention`. The caches are from `new_cache`;
+    ``context.attention_plan`` gives the plan that the step's layers share."""
     q, k, v, key_cache, value_cache, query_starts, kv_lens, block_table = inputs
-    head_dim, scale, window = attrs["head_dim"], attrs["scale"], attrs["window"]
-    plan: AttentionPlan = context.plan(
-        query_starts, kv_lens, block_table, key_cache.shape[1], window
+    head_dim = attrs["head_dim"]
+    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
+    blocks, block_size, kv_heads, _ = key_cache.shape
+    plan: AttentionPlan = context.attention_plan(
+        query_starts,
+        kv_lens,
+        block_table,
+        block_size=block_size,
+        zero_block=blocks - 1,
+        group=q.shape[1] // kv_heads,
+        window=attrs["window"],
+        dtype=q.dtype,
     )
-    q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
-    keys, values = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
-    keys.index_copy_(0, plan.new_slots, k)
-    values.index_copy_(0, plan.new_slots, v)
+    keys, values = (_store(x, cache, plan) for x, cache in ((k, key_cache), (v, value_cache)))
     out = torch.empty(q.shape, dtype=q.dtype)
     if plan.decode:
-        out[plan.decode.rows] = _attend_decode(q, keys, values, plan.decode, scale)
-    for prefill in plan.prefills:
-        out[prefill.rows] = _attend_prefill(q, keys, values, prefill, scale)
+        out[plan.decode.rows] = _attend(
+            q[plan.decode.rows][:, None], keys, values, plan.decode, attrs["scale"]
+        )
+    for queries in plan.prefill:
+        out[queries.rows] = _attend(q[queries.rows][None], keys, values, queries, attrs["scale"])
     return (out.flatten(-2),)
 
 
-def _attend_decode(q: Tensor, keys: Tensor, values: Tensor, plan: _Decode, scale: float) -> Tensor:
-    kv_heads, head_dim = keys.shape[1:]
-    sequences, longest = plan.slots.shape
-    index = plan.slots.flatten()
+def _store(new: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
+    """Writes the new keys or values; returns the cache as [kv_heads, blocks, block_size, d]."""
+    heads_first = cache.permute(2, 0, 1, 3)
+    heads_first.index_fill_(1, plan.fresh_blocks, 0)
+    heads_first.flatten(1, 2).index_copy_(1, plan.new_slots, new.transpose(0, 1))
+    return heads_first
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, queries: _Queries, scale: float) -> Tensor:
+    """q [groups, queries, heads, head_dim] → [groups * queries, heads, head_dim]."""
+    groups, count, heads, head_dim = q.shape
+    kv_heads = len(keys)
 
     def gather(cache: Tensor) -> Tensor:
-        rows = cache.index_select(0, index)
-        return rows.view(sequences, longest, kv_heads, head_dim).transpose(1, 2)
+        chosen = cache.index_select(1, queries.blocks.flatten())
+        return chosen.view(kv_heads, groups, -1, head_dim)[:, :, : queries.num_keys].transpose(0, 1)
 
-    # The query heads that share a kv head stand as the rows of one attention over it.
-    grouped = q[plan.rows].unflatten(1, (kv_heads, -1))
+    # [groups, kv_heads, group * queries, head_dim]: row j * queries + i is query i of head j.
+    rows = q.view(groups, count, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    num_rows = rows.shape[2]
+    rows = F.pad(rows, (0, 0, 0, _odd_rows(num_rows)))
     out = F.scaled_dot_product_attention(
-        grouped, gather(keys), gather(values), attn_mask=plan.mask, scale=scale
+        rows, gather(keys), gather(values), attn_mask=queries.mask, scale=scale
     )
-    return out.flatten(1, 2)
-
-
-def _attend_prefill(
-    q: Tensor, keys: Tensor, values: Tensor, plan: _Prefill, scale: float
-) -> Tensor:
-    out = F.scaled_dot_product_attention(
-        q[plan.rows].transpose(0, 1)[None],
-        keys[plan.slots].transpose(0, 1)[None],
-        values[plan.slots].transpose(0, 1)[None],
-        attn_mask=plan.mask,
-        is_causal=plan.mask is None,
-        scale=scale,
-        enable_gqa=True,
-    )
-    return out[0].transpose(0, 1)
+    heads_first = out[:, :, :num_rows].unflatten(2, (-1, count))
+    return heads_first.permute(0, 3, 1, 2, 4).reshape(-1, heads, head_dim)

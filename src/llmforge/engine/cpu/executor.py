@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from llmforge.engine.cpu.kernels import KERNELS, StepContext
+from llmforge.engine.cpu.linear import Linear, linear_of
 from llmforge.engine.memory import last_uses
 from llmforge.model.graph import Graph
+from llmforge.model.reference import Context, Meaning
 
 Tensor = torch.Tensor
 
@@ -19,7 +21,7 @@ Tensor = torch.Tensor
 class _Instruction:
     """A node, its kernel, and the tensors that nothing needs after it."""
 
-    kernel: Any
+    kernel: Meaning
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attrs: Mapping[str, Any]
@@ -30,18 +32,23 @@ class Executor:
     """A graph bound to its parameters and states (the KV cache), ready to run step after step."""
 
     def __init__(self, graph: Graph, fixed: Mapping[str, Tensor]) -> None:
-        """`fixed` holds every parameter and state of the graph by name."""
+        """`fixed` holds every parameter and state of the graph by name. Weights of products are
+        packed, and not kept beside that unless another op reads them."""
         self.graph = graph
-        self._fixed = dict(fixed)
         last = last_uses(graph)
+        linears: dict[str, Linear] = {}
         self._program = []
         for index, node in enumerate(graph.nodes):
+            inputs, kernel = node.inputs, KERNELS[node.op]
+            if node.op == "linear":
+                x, weight, bias = inputs
+                linears.setdefault(weight, linear_of(fixed[weight]))
+                inputs, kernel = (x, bias), _bound(linears[weight])
             names = dict.fromkeys((*node.inputs, *node.outputs))
             free = tuple(n for n in names if n and n not in fixed and last[n] == index)
-            kernel = KERNELS[node.op]
-            self._program.append(
-                _Instruction(kernel, node.inputs, node.outputs, node.attrs, free)
-            )
+            self._program.append(_Instruction(kernel, inputs, node.outputs, node.attrs, free))
+        read = {name for instruction in self._program for name in instruction.inputs}
+        self._fixed = {name: tensor for name, tensor in fixed.items() if name in read}
 
     def run(
         self,
@@ -63,3 +70,12 @@ class Executor:
             for name in instruction.free:
                 del values[name]
         return [values[name] for name in self.graph.outputs]
+
+
+def _bound(linear: Linear) -> Meaning:
+    """The op `linear` with its weight given: inputs (x, bias)."""
+
+    def kernel(inputs: Sequence[Any], attrs: Mapping[str, Any], _: Context) -> tuple[Tensor]:
+        return (linear(*inputs),)
+
+    return kernel

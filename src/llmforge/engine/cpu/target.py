@@ -7,15 +7,18 @@ import os
 import platform
 from pathlib import Path
 
+import psutil
 import torch
 
+from llmforge.artifact import GB
 from llmforge.comm import Comm
+from llmforge.engine.cpu.attention import attention_workspace, new_cache
 from llmforge.engine.cpu.executor import Executor
 from llmforge.engine.cpu.kernels import StepContext
-from llmforge.engine.memory import largest_step
+from llmforge.engine.memory import MemoryPlan, largest_step, nbytes, plan_memory
 from llmforge.engine.step import Limits, StepBatch, StepResult
 from llmforge.engine.target import Checksums, Executable, Weights
-from llmforge.errors import StoreError
+from llmforge.errors import MemoryLimitError, StoreError
 from llmforge.model.graph import Graph
 from llmforge.model.passes import apply, fuse_add_norm, merge_linears
 from llmforge.model.reference import DTYPES
@@ -38,6 +41,19 @@ class CpuTarget:
     def prepare(self, graph: Graph) -> Graph:
         return apply(graph, PASSES)
 
+    def memory(self, graph: Graph, limits: Limits) -> MemoryPlan:
+        """Besides what the graph needs: a weight that is looked up and multiplied (a tied
+        embedding) is held in both forms; the cache has a zero block; attention gathers keys and
+        masks scores."""
+        plan, sizes = plan_memory(graph, limits), largest_step(limits)
+        readers = graph.consumers()
+        both = [p for p in graph.parameters if len({n.op for n in readers[p.name]}) > 1]
+        return MemoryPlan(
+            weights=plan.weights + sum(nbytes(p, sizes) for p in both),
+            kv_cache=plan.kv_cache // limits.num_blocks * (limits.num_blocks + 1),
+            activations=plan.activations + attention_workspace(graph, limits),
+        )
+
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())
         entries = [(p.name, p.dtype, p.shape) for p in graph.parameters]
@@ -59,14 +75,14 @@ class CpuExecutable:
         self.limits = limits
         self._comm = comm
         self._tensor_group = comm.split(topology.stage(comm.rank))
+        graph = _read_graph(directory / GRAPH_FILE)
+        _check_memory(CpuTarget().memory(graph, limits), comm)
         share = cores_of_rank(comm.gather(platform.node()).count(platform.node()))
         torch.set_num_threads(min(share, torch.get_num_threads()))
-        graph = _read_graph(directory / GRAPH_FILE)
         sizes = largest_step(limits)
         states = {
-            state.name: torch.zeros(
-                [sizes[d] if isinstance(d, str) else d for d in state.shape],
-                dtype=DTYPES[state.dtype],
+            state.name: new_cache(
+                [sizes[d] if isinstance(d, str) else d for d in state.shape], DTYPES[state.dtype]
             )
             for state in graph.states
         }
@@ -92,6 +108,19 @@ class CpuExecutable:
 
     def close(self) -> None:
         del self._executor
+
+
+def _check_memory(plan: MemoryPlan, comm: Comm) -> None:
+    """Raises MemoryLimitError where the ranks of this machine need more than it has free."""
+    here = platform.node()
+    needed = sum(total for node, total in comm.gather((here, plan.total)) if node == here)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise MemoryLimitError(
+            f"the engine needs {needed / GB:.2f} GB of memory on this machine and "
+            f"{available / GB:.2f} GB are free; build it with smaller limits (--max-batch-size, "
+            "--max-seq-len, --max-num-tokens, --kv-cache-tokens) or run on a larger machine"
+        )
 
 
 def _read_graph(path: Path) -> Graph:

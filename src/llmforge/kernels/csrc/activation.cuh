@@ -1,0 +1,16 @@
+// activation(x) in float32, chosen by -D ACTIVATION_SILU, _GELU, _GELU_TANH or _RELU.
+#pragma once
+
+DEVICE float activation(float x) {
+#if defined(ACTIVATION_SILU)
+    return x / (1.0f + expf(-x));
+#elif defined(ACTIVATION_GELU)
+    return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+#elif defined(ACTIVATION_GELU_TANH)
+    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+#elif defined(ACTIVATION_RELU)
+    return fmaxf(x, 0.0f);
+#else
+    return x;
+#endif
+}

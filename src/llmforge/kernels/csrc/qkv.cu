@@ -1,0 +1,66 @@
+// From the rows of a merged q|k|v product to attention's inputs, in one kernel: add the bias, norm
+// q and k heads, rotate them, write q to `q_out` and k and v into the paged cache.
+//   BIAS, NORM: whether there is a bias and a norm of q and k heads. ROPE_DIM: rotated elements of a
+//   head, 0 for none. HEADS, KV_HEADS, HEAD_DIM: the shape. BLOCK_SIZE: tokens of a cache block.
+//   TABLE_STRIDE: columns of the block table. WARPS: heads a block.
+// q, k, v: inputs [tokens, heads * HEAD_DIM] with row strides (they may be parts of one matrix).
+// Caches [blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]. Grid: (tokens, all heads / WARPS).
+#include "common.cuh"
+
+#define ALL_HEADS (HEADS + 2 * KV_HEADS)
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+qkv(T* q_out, T* key_cache, T* value_cache, const T* q, const T* k, const T* v, const T* bias,
+    const T* q_weight, const T* k_weight, const float* table, const int* positions,
+    const int* query_starts, const int* block_table, int sequences, int q_stride, int k_stride,
+    int v_stride, float eps) {
+    __shared__ float staged[WARPS][HEAD_DIM];
+    let_next_start();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int head = blockIdx.y * WARPS + warp;
+    const size_t token = blockIdx.x;
+    wait_for_previous();
+    if (head >= ALL_HEADS) return;
+    const bool is_q = head < HEADS, is_v = head >= HEADS + KV_HEADS;
+    const int local = is_q ? head : (head - HEADS) % KV_HEADS;
+    const T* source = is_q   ? q + token * q_stride
+                      : is_v ? v + token * v_stride
+                             : k + token * k_stride;
+    source += local * HEAD_DIM;
+    float* x = staged[warp];
+    float squares = 0;
+    for (int i = lane; i < HEAD_DIM; i += 32) {
+        float value = to_float(source[i]);
+#if BIAS
+        value = rounded(value + to_float(bias[head * HEAD_DIM + i]));
+#endif
+        squares += value * value;
+        x[i] = value;
+    }
+#if NORM
+    if (!is_v) {
+        const float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + eps);
+        const T* weight = is_q ? q_weight : k_weight;
+        for (int i = lane; i < HEAD_DIM; i += 32)
+            x[i] = rounded(rounded(x[i] * scale) * to_float(weight[i]));
+    }
+#endif
+    __syncwarp();
+    T* target = q_out + (token * HEADS + local) * HEAD_DIM;
+    if (!is_q) {
+        const int sequence = sequence_of(query_starts, sequences, token);
+        const int position = positions[token];
+        const int block = block_table[(size_t)sequence * TABLE_STRIDE + position / BLOCK_SIZE];
+        const size_t slot = (size_t)block * BLOCK_SIZE + position % BLOCK_SIZE;
+        target = (is_v ? value_cache : key_cache) + (slot * KV_HEADS + local) * HEAD_DIM;
+    }
+    const int rotated = is_v ? 0 : ROPE_DIM;
+    for (int i = lane; i < rotated / 2; i += 32) {
+        const float first = x[i], second = x[i + ROPE_DIM / 2];
+        const float cosine = table[token * ROPE_DIM + i];
+        const float sine = table[token * ROPE_DIM + ROPE_DIM / 2 + i];
+        target[i] = from_float(first * cosine - second * sine);
+        target[i + ROPE_DIM / 2] = from_float(second * cosine + first * sine);
+    }
+    for (int i = rotated + lane; i < HEAD_DIM; i += 32) target[i] = from_float(x[i]);
+}

@@ -1,0 +1,28 @@
+// Cosines and sines of each token's rotation angles: out [tokens, DIM] float32, the DIM / 2 cosines
+// first. `frequencies` are those of the plain or stretched rope; with DYNAMIC the base grows with
+// the longer of the prompt and the token's own position (RopeConfig.frequencies).
+// Grid: one block a token; DIM / 2 threads.
+#include "common.cuh"
+
+extern "C" __global__ void
+rope_table(float* out, const int* positions, const int* query_starts, const int* prompt_lens,
+           const float* frequencies, int sequences, float attention_factor, double theta,
+           double factor, int original) {
+    let_next_start();
+    wait_for_previous();
+    const int token = blockIdx.x, i = threadIdx.x;
+    const int position = positions[token];
+    float frequency = frequencies[i];
+#if DYNAMIC
+    const int prompt = prompt_lens[sequence_of(query_starts, sequences, token)];
+    const int length = max(prompt, position + 1);
+    if (length > original) {
+        const double stretch = factor * length / original - (factor - 1);
+        const double base = theta * pow(stretch, (double)DIM / (DIM - 2));
+        frequency = (float)pow(base, -2.0 * i / DIM);
+    }
+#endif
+    const float angle = (float)position * frequency;
+    out[(size_t)token * DIM + i] = cosf(angle) * attention_factor;
+    out[(size_t)token * DIM + DIM / 2 + i] = sinf(angle) * attention_factor;
+}

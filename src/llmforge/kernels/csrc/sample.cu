@@ -1,0 +1,238 @@
+// Draws one token for each row of logits: runtime/sampling.py on the device (its filters in the same
+// order, its noise bit for bit), with what is needed of float64 in float64.
+//   VOCAB: tokens. WIDTH: logits a load. THREADS: block size. Grid: one block a row.
+// tokens [rows]: the token. largest [rows]: the largest logit, for the host to refuse NaN and inf.
+// seen: a bit a token, [rows, ceil(VOCAB / 32)], scratch for the repetition penalty.
+#include "common.cuh"
+
+struct Params {
+    double temperature, top_p, min_p;
+    u64 seed, position;
+    int top_k;
+    float penalty;
+    int history_start, history_len;
+};
+
+#define SEEN_WORDS ((VOCAB + 31) / 32)
+#define MASS_SCALE 35184372088832.0  // 2^45: sums of 2^18 weights of at most 1 fit 63 bits
+
+// Order-preserving map of floats to integers.
+DEVICE u32 ordered(float x) {
+    const u32 bits = __float_as_uint(x + 0.0f);  // minus zero becomes zero
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+DEVICE void philox(u32 (&c)[4], u64 seed) {
+    u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
+#pragma unroll
+    for (int i = 0; i < 10; i++) {
+        const u32 h0 = __umulhi(0xD2511F53u, c[0]), l0 = 0xD2511F53u * c[0];
+        const u32 h1 = __umulhi(0xCD9E8D57u, c[2]), l1 = 0xCD9E8D57u * c[2];
+        c[0] = h1 ^ c[1] ^ k0, c[1] = l1, c[2] = h0 ^ c[3] ^ k1, c[3] = l0;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+}
+
+struct Row {
+    const T* logits;
+    const u32* seen;
+    float penalty;
+
+    DEVICE float penalised(float x, int token) const {
+        if (seen && (seen[token / 32] >> (token % 32) & 1)) x = x < 0 ? x * penalty : x / penalty;
+        return x;
+    }
+    DEVICE float score(int token) const { return penalised(to_float(logits[token]), token); }
+};
+
+// The best of the block's (value, token): the largest, of equals the lowest token. NaN is largest.
+template <typename V>
+DEVICE void block_best(V& value, int& token) {
+    __shared__ V values[THREADS / 32];
+    __shared__ int ids[THREADS / 32];
+    auto better = [](V a, int i, V b, int j) {
+        if (i < 0 || j < 0) return i >= 0;
+        const bool a_nan = a != a, b_nan = b != b;
+        if (a_nan || b_nan) return a_nan && (!b_nan || i < j);
+        return a > b || (a == b && i < j);
+    };
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) {
+        const V other = __shfl_xor_sync(FULL_WARP, value, offset);
+        const int id = __shfl_xor_sync(FULL_WARP, token, offset);
+        if (better(other, id, value, token)) value = other, token = id;
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = value, ids[threadIdx.x / 32] = token;
+    __syncthreads();
+    value = values[0], token = ids[0];
+    for (int i = 1; i < THREADS / 32; i++)
+        if (better(values[i], ids[i], value, token)) value = values[i], token = ids[i];
+}
+
+// The key of the k-th largest score: a radix descent over the ordered keys, 8 bits at a time.
+DEVICE u32 kth_largest(const Row& row, int k, u64* histogram) {
+    u32 prefix = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        for (int i = threadIdx.x; i < 256; i += THREADS) histogram[i] = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < VOCAB; i += THREADS) {
+            const u32 key = ordered(row.score(i));
+            if (shift == 24 || key >> (shift + 8) == prefix)
+                atomicAdd(histogram + (key >> shift & 255), 1ull);
+        }
+        __syncthreads();
+        int digit = 255;
+        for (; digit > 0 && (u64)k > histogram[digit]; digit--) k -= (int)histogram[digit];
+        prefix = prefix << 8 | digit;
+        __syncthreads();
+    }
+    return prefix;
+}
+
+struct Kept {
+    u32 bound;  // keys below are dropped (top-k)
+    u32 nucleus;  // keys below are dropped (top-p)
+    int tie;  // of the keys equal to `nucleus`, tokens below are dropped
+    float largest;
+    double temperature;
+
+    DEVICE double scaled(float score) const {
+        return ((double)score - (double)largest) / temperature;
+    }
+    DEVICE bool has(float score, u32 key, int token) const {
+        return score > -INFINITY && key >= bound && (key > nucleus || (key == nucleus && token >= tie));
+    }
+};
+
+DEVICE u64 mass(const Kept& kept, float score) {
+    return (u64)llrint(exp(kept.scaled(score)) * MASS_SCALE);
+}
+
+// Sets the nucleus: the least likely tokens whose mass together is at most (1 - top_p) of all are
+// dropped, of equally likely ones the lowest first; one is always kept. Sums are in fixed point,
+// so they do not depend on the order of the atomics.
+DEVICE void find_nucleus(Kept& kept, const Row& row, double top_p, u64* histogram) {
+    __shared__ u64 total;
+    __shared__ int found;
+    u32 prefix = 0;
+    u64 below = 0, removed = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        for (int i = threadIdx.x; i < 256; i += THREADS) histogram[i] = 0;
+        if (threadIdx.x == 0) total = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < VOCAB; i += THREADS) {
+            const float score = row.score(i);
+            const u32 key = ordered(score);
+            if (!(score > -INFINITY) || key < kept.bound) continue;
+            if (shift < 24 && key >> (shift + 8) != prefix) continue;
+            // Weights that round to no mass are in no bin: they are dropped before all others.
+            if (const u64 m = mass(kept, score)) atomicAdd(histogram + (key >> shift & 255), m);
+        }
+        __syncthreads();
+        if (shift == 24) {
+            if (threadIdx.x == 0)
+                for (int i = 0; i < 256; i++) total += histogram[i];
+            __syncthreads();
+            removed = (u64)((1.0 - top_p) * (double)total);
+        }
+        int digit = 0, last = 0;
+        for (int i = 0; i < 256; i++)
+            if (histogram[i]) last = i;
+        for (; digit < last && below + histogram[digit] <= removed; digit++) below += histogram[digit];
+        prefix = prefix << 8 | digit;
+        __syncthreads();
+    }
+    kept.nucleus = prefix;
+    // Of the tokens with this very key, the first `drop` are dropped, but never all of them.
+    int count = 0, drop = -1, id = 0;
+    for (int start = 0; start < VOCAB; start += THREADS) {
+        const int i = start + threadIdx.x;
+        const float score = i < VOCAB ? row.score(i) : -INFINITY;
+        const bool equal = i < VOCAB && ordered(score) == prefix;
+        count += __syncthreads_count(equal);
+        if (equal && drop < 0) drop = (int)min((removed - below) / mass(kept, score), (u64)VOCAB);
+    }
+    if (threadIdx.x == 0) found = 0;
+    __syncthreads();
+    if (drop >= 0) atomicMax(&found, drop);
+    __syncthreads();
+    drop = min(found, count - 1);
+    __syncthreads();
+    if (drop > 0) {
+        int before = 0;
+        for (int start = 0; start < VOCAB; start += THREADS) {
+            const int i = start + threadIdx.x;
+            const bool equal = i < VOCAB && ordered(row.score(i)) == prefix;
+            const int here = __syncthreads_count(equal);
+            if (drop >= before && drop < before + here) {
+                if (threadIdx.x == 0) {
+                    int rank = before;
+                    for (id = start;; id++)
+                        if (ordered(row.score(id)) == prefix && rank++ == drop) break;
+                    found = id;
+                }
+            }
+            before += here;
+        }
+        __syncthreads();
+        kept.tie = found;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+sample(int* tokens, float* largest, const T* logits, const Params* params, const int* history,
+       u32* seen) {
+    __shared__ u64 histogram[256];
+    let_next_start();
+    wait_for_previous();
+    const Params p = params[blockIdx.x];
+    Row row{logits + (size_t)blockIdx.x * VOCAB, nullptr, p.penalty};
+    if (p.penalty != 1.0f && p.history_len > 0) {
+        u32* bits = seen + (size_t)blockIdx.x * SEEN_WORDS;
+        for (int i = threadIdx.x; i < SEEN_WORDS; i += THREADS) bits[i] = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < p.history_len; i += THREADS) {
+            const int token = history[p.history_start + i];
+            if (token < VOCAB) atomicOr(bits + token / 32, 1u << token % 32);
+        }
+        __syncthreads();
+        row.seen = bits;
+    }
+    float best = 0;
+    int token = -1;
+    for (int i = threadIdx.x; i < VOCAB / WIDTH; i += THREADS) {
+        const Pack<WIDTH> pack = ((const Pack<WIDTH>*)row.logits)[i];
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) {
+            const float x = row.penalised(to_float(pack.v[j]), i * WIDTH + j);
+            if (token < 0 || x > best || (x != x && best == best)) best = x, token = i * WIDTH + j;
+        }
+    }
+    block_best(best, token);
+    if (threadIdx.x == 0) tokens[blockIdx.x] = token, largest[blockIdx.x] = best;
+    if (p.temperature == 0.0 || !(fabsf(best) < INFINITY)) return;
+    Kept kept{0, 0, 0, best, p.temperature};
+    if (p.top_k > 0 && p.top_k < VOCAB) kept.bound = kth_largest(row, p.top_k, histogram);
+    if (p.top_p < 1.0) find_nucleus(kept, row, p.top_p, histogram);
+    double highest = 0;
+    token = -1;
+    for (int i = threadIdx.x; i < (VOCAB + 3) / 4; i += THREADS) {
+        u32 words[4] = {(u32)i, (u32)p.position, (u32)(p.position >> 32), 0};
+        philox(words, p.seed);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int id = 4 * i + j;
+            if (id >= VOCAB) break;
+            const float score = row.score(id);
+            if (!kept.has(score, ordered(score), id)) continue;
+            const double scaled = kept.scaled(score);
+            if (p.min_p > 0.0 && !(exp(scaled) >= p.min_p)) continue;
+            const double uniform = ((double)words[j] + 0.5) * 2.3283064365386963e-10;  // 2^-32
+            const double value = scaled - log(-log(uniform));
+            if (token < 0 || value > highest) highest = value, token = id;
+        }
+    }
+    block_best(highest, token);
+    if (threadIdx.x == 0) tokens[blockIdx.x] = token;
+}
