@@ -2,8 +2,9 @@
 
 Writes random models in the Hugging Face layout (bfloat16, sharded) to a scratch directory, then
 measures in turn, several times over: `cp -r`, `cp -r` followed by sync, `llmforge convert` with
-the dtype unchanged, and with it changed. convert returns when its files are on the disk; cp does
-not, so the pair to compare is convert with cp and sync. Both ratios are reported.
+the dtype unchanged, and with it changed. Each with the source on the disk only ("cold") and in
+the page cache ("warm"). convert returns when its files are on the disk, and so does cp with sync;
+cp alone returns earlier. Ratios to both are reported, as medians over the turns.
 
     python benchmarks/convert.py --scratch /big/disk
 """
@@ -92,7 +93,21 @@ def run(command: list[str], sync: bool = False) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
-def measure(model: Path, scratch: Path, repeat: int) -> dict[str, list[tuple[float, int]]]:
+def settle(model: Path, cold: bool) -> None:
+    """Write out what is pending, and put the model into the page cache or out of it."""
+    os.sync()
+    for path in model.iterdir():
+        with open(path, "rb", buffering=0) as file:
+            if cold:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.read(1 << 22):
+                    pass
+
+
+def measure(
+    model: Path, scratch: Path, repeat: int, cold: bool
+) -> dict[str, list[tuple[float, int]]]:
     """All ways of moving the model, in turn, `repeat` times."""
     output = scratch / "output"
     convert = [sys.executable, "-m", "llmforge", "convert", str(model), "-o", str(output)]
@@ -106,14 +121,14 @@ def measure(model: Path, scratch: Path, repeat: int) -> dict[str, list[tuple[flo
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
     for turn in range(repeat):
         for name, way in ways.items():
-            os.sync()  # nobody pays for the writes of the one before
+            settle(model, cold)
             results[name].append(way())
             shutil.rmtree(output)
             click.echo(f"  {turn + 1}/{repeat} {name}: {results[name][-1][0]:.1f} s", err=True)
     return results
 
 
-def report(layers: int, nbytes: int, results: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
+def report(results: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
     seconds = {name: [round(s, 3) for s, _ in runs] for name, runs in results.items()}
 
     def ratio(way: str, base: str) -> float:
@@ -121,9 +136,6 @@ def report(layers: int, nbytes: int, results: dict[str, list[tuple[float, int]]]
         return round(statistics.median(a / b for a, b in pairs), 3)
 
     return {
-        "layers": layers,
-        "weights_gb": round(nbytes / GB, 3),
-        "largest_tensor_gb": round(2 * 32000 * 4096 / GB, 3),
         "seconds": seconds,
         "median_seconds": {name: statistics.median(s) for name, s in seconds.items()},
         "peak_rss_gb": {
@@ -189,7 +201,17 @@ def main(size_gb: tuple[float, ...], repeat: int, scratch: Path, output: Path) -
             model = Path(directory) / "model"
             nbytes = write_model(model, layers)
             click.echo(f"{nbytes / GB:.2f} GB in {layers} layers", err=True)
-            sizes.append(report(layers, nbytes, measure(model, Path(directory), repeat)))
+            sizes.append(
+                {
+                    "weights_gb": round(nbytes / GB, 3),
+                    "largest_tensor_gb": round(OUTER_BYTES / 2 / GB, 3),
+                    "load_average_before": os.getloadavg()[0],
+                    **{
+                        label: report(measure(model, Path(directory), repeat, cold))
+                        for label, cold in (("cold", True), ("warm", False))
+                    },
+                }
+            )
     result = {"machine": machine(), "versions": versions(), "repeat": repeat, "sizes": sizes}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +141,20 @@ class SafetensorsFile:
             result[first : first + count] = block[:, start * inner : stop * inner]
         return result.reshape(-1).view(dtype).reshape(shape)
 
+    def fill(self, name: str, first: int, out: NDArray[np.uint8]) -> None:
+        """Copy the tensor's bytes from number `first` on into `out`, which they fill."""
+        info = self.tensors[name]
+        assert first + out.size <= info.nbytes, (name, first, out.size)
+        self._read_into(info.start + first, out)
+
     def _read_bytes(self, offset: int, count: int) -> NDArray[np.uint8]:
+        buffer = np.empty(count, np.uint8)
+        self._read_into(offset, buffer)
+        return buffer
+
+    def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         try:
-            return read_bytes(self._fd, offset, count)
+            read_into(self._fd, offset, out)
         except EOFError:
             raise self._error(
                 f"{self.path} is truncated: it ends in the middle of a tensor"
@@ -229,22 +241,27 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_bytes(fd: int, offset: int, count: int) -> NDArray[np.uint8]:
     """`count` bytes at `offset` in a fresh array. Raises EOFError where the file is shorter."""
     buffer = np.empty(count, np.uint8)
-    view = memoryview(buffer.data)
+    read_into(fd, offset, buffer)
+    return buffer
+
+
+def read_into(fd: int, offset: int, out: NDArray[np.uint8]) -> None:
+    """Fill `out` from `offset` on. Raises EOFError where the file is shorter."""
+    view = memoryview(out.data)
     done = 0
-    while done < count:
+    while done < len(view):
         part = os.preadv(fd, [view[done : done + _READ_CHUNK]], offset + done)
         if part == 0:
             raise EOFError
         done += part
-    return buffer
 
 
 class SafetensorsWriter:
     """Writes a safetensors file of tensors that are known in advance, in one pass.
 
-    `tensors` lists (name, dtype, shape); `write` is called in that order, `close` when all are
-    written. The SHA-256 of the file is computed meanwhile in a second thread. The data starts at
-    a multiple of 64 bytes. Raises OSError, with the path, where writing fails.
+    `tensors` lists (name, dtype, shape); they are written in that order, then `close` is called.
+    The SHA-256 of the file is computed meanwhile in a second thread. The data starts at a
+    multiple of 64 bytes. Raises OSError, with the path, where writing fails.
     """
 
     def __init__(
@@ -254,32 +271,46 @@ class SafetensorsWriter:
         metadata: dict[str, str] | None = None,
     ) -> None:
         self.path = path
-        self._pending = list(reversed(tensors))
+        self._pending = deque(tensors)
+        self._written = 0  # elements of the first pending tensor
         self._size = 0
         self._digest = hashlib.sha256()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._append(memoryview(_header(tensors, metadata)))
+        self._append(memoryview(_header(tensors, metadata)), None)
 
     def write(self, name: str, array: Array) -> None:
-        """Write the next tensor. The array is contiguous, of the announced dtype and shape."""
-        assert array.shape == self._pending[-1][2], (name, array.shape, self._pending[-1])
-        self.write_parts(name, [array])
+        """Write the next tensor: a contiguous array of the announced dtype and shape."""
+        assert array.shape == self._pending[0][2], (name, array.shape, self._pending[0])
+        flat = array.reshape(-1)
+        step = _WRITE_CHUNK // array.dtype.itemsize
+        for first in range(0, max(flat.size, 1), step):
+            self.write_piece(name, flat[first : first + step])
+        self._hasher.submit(int).result()  # all is hashed: the caller may reuse the memory
 
-    def write_parts(self, name: str, parts: Iterable[Array]) -> None:
-        """Write the next tensor from consecutive pieces of it, so it need not exist whole."""
-        expected, dtype, shape = self._pending.pop()
+    def write_piece(
+        self, name: str, piece: Array, release: Callable[[], None] | None = None
+    ) -> None:
+        """Write the next elements of the tensor that is due. The memory of `piece` stays as it is
+        until `release` is called, from another thread; without `release`, for good."""
+        expected, dtype, shape = self._pending[0]
         assert name == expected, f"{name} was written where {expected} is due"
-        count = 0
-        for part in parts:
-            assert part.dtype == NUMPY_DTYPES[dtype], (name, part.dtype, dtype)
-            self._append(part.reshape(-1).view(np.uint8).data)
-            count += part.size
-        assert count == math.prod(shape), (name, count, shape)
+        assert piece.dtype == NUMPY_DTYPES[dtype], (name, piece.dtype, dtype)
+        self._append(piece.reshape(-1).view(np.uint8).data, release)
+        self._written += piece.size
+        assert self._written <= math.prod(shape), (name, self._written, shape)
+        if self._written == math.prod(shape):
+            self._pending.popleft()
+            self._written = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tensors are written."""
+        return not self._pending
 
     def close(self) -> tuple[int, str]:
         """Finish the file: its size and SHA-256."""
-        assert not self._pending, f"{len(self._pending)} tensors were not written"
+        assert self.complete, f"{len(self._pending)} tensors were not written"
         self.abandon()
         return self._size, self._digest.hexdigest()
 
@@ -301,25 +332,25 @@ class SafetensorsWriter:
     ) -> None:
         self.abandon()
 
-    def _append(self, data: memoryview) -> None:
-        # Both calls release the GIL, so hashing and writing run side by side.
-        hashed = self._hasher.submit(self._digest.update, data)
+    def _append(self, data: memoryview, release: Callable[[], None] | None) -> None:
+        start = self._size
+        left = data
         try:
-            for first in range(0, len(data), _WRITE_CHUNK):
-                self._write_all(data[first : first + _WRITE_CHUNK])
+            while left:
+                count = os.write(self._fd, left)
+                self._size += count
+                left = left[count:]
+            # Start writing to disk now, while more is computed, not in a burst at the end.
+            os.posix_fadvise(self._fd, start, self._size - start, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        finally:
-            hashed.result()  # the caller may reuse the memory
+        # Hashing releases the GIL: it runs beside the next write.
+        self._hasher.submit(self._hash, data, release)
 
-    def _write_all(self, data: memoryview) -> None:
-        start = self._size
-        while data:
-            count = os.write(self._fd, data)
-            self._size += count
-            data = data[count:]
-        # Start writing to disk now, while more is computed, instead of in a burst at the end.
-        os.posix_fadvise(self._fd, start, self._size - start, os.POSIX_FADV_DONTNEED)
+    def _hash(self, data: memoryview, release: Callable[[], None] | None) -> None:
+        self._digest.update(data)
+        if release is not None:
+            release()
 
 
 def _header(

@@ -111,10 +111,13 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
 def test_parts_of_a_tensor(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     data = np.arange(100, dtype=np.float32)
+    released: list[int] = []
     with SafetensorsWriter(path, [("x", "float32", (10, 10))]) as writer:
-        writer.write_parts("x", [data[:33], data[33:34], data[34:]])
+        for piece in (data[:33], data[33:34], data[34:]):
+            writer.write_piece("x", piece, lambda: released.append(1))
         writer.close()
     assert np.array_equal(load_file(path)["x"].numpy(), data.reshape(10, 10))
+    assert len(released) == 3
 
 
 def test_names_of_any_kind(tmp_path: Path) -> None:

@@ -150,6 +150,29 @@ def test_an_error_within_a_step_propagates():
         run_ranks(2, work)
 
 
+class Recorder(LocalComm):
+    """Two ranks, of which the other is not there."""
+
+    size = 2
+
+    def __init__(self):
+        self.sent = []
+
+    def broadcast(self, value, root=0):
+        self.sent.append(value)
+
+
+def test_followers_are_told_of_the_end_unless_they_are_within_a_step():
+    # Then they wait for rank 0 in some collective, and one more broadcast would be taken for it.
+    comm = Recorder()
+    with pytest.raises(OSError, match="device lost"):
+        generate(Broken(limits()), comm, [Request(0, (1, 2), 8)], vocab_size=VOCAB)
+    assert len(comm.sent) == 3 and None not in comm.sent
+    comm = Recorder()
+    generate(ToyExecutable(limits()), comm, [Request(0, (1, 2), 8)], vocab_size=VOCAB)
+    assert len(comm.sent) == 9 and comm.sent[-1] is None
+
+
 def test_tokens_drawn_by_the_device_are_taken():
     request = Request(0, (1, 2, 3), 8, SamplingParams(temperature=0.9, seed=5))
     done = serve(ToyExecutable(limits(), on_device=True), [request])

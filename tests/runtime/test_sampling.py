@@ -94,6 +94,16 @@ def test_ties_are_kept_as_transformers_keeps_them(top_k, top_p):
     np.testing.assert_allclose(our_probabilities(logits, params), expected, atol=1e-12)
 
 
+def test_of_many_equally_likely_tokens_the_highest_are_kept():
+    logits = np.random.default_rng(3).integers(0, 2, 1000).astype(np.float32)
+    tokens, _ = filtered(logits, SamplingParams(temperature=1.0, top_p=0.9), NO_HISTORY)
+    kept_less_likely = tokens[logits[tokens] == 0]
+    less_likely = np.flatnonzero(logits == 0)
+    assert 100 < len(kept_less_likely) < len(less_likely)
+    assert np.array_equal(kept_less_likely, less_likely[-len(kept_less_likely) :])
+    assert np.isin(np.flatnonzero(logits == 1), tokens).all()
+
+
 def test_the_nucleus_of_a_large_vocabulary_equals_a_full_sort():
     logits = (np.random.default_rng(1).standard_normal(50_000) * 3).astype(np.float32)
     for top_p in (0.3, 0.9, 0.999):

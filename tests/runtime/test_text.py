@@ -87,6 +87,16 @@ def test_the_last_token_may_complete_a_stop_string(tokenizer):
     assert (done.finish_reason, len(done.token_ids)) == ("stop", index + 1)
 
 
+def test_text_held_back_to_the_end_may_complete_a_stop_string(tokenizer):
+    for index in range(40):
+        free = serve(tokenizer, [request(index, new=4)])[0][0]
+        if free.text.find("\ufffd") == len(free.text) - 1:
+            break
+    done, pieces = serve(tokenizer, [request(index, ("\ufffd",), new=4)])
+    assert done[0].finish_reason == "stop" and done[0].token_ids == free.token_ids
+    assert done[0].text == free.text[:-1] == "".join(pieces[index])
+
+
 def test_without_a_tokenizer_text_is_null():
     done = generate(
         ToyExecutable(limits(), VOCAB), LocalComm(), [request(0, new=3)], vocab_size=VOCAB

@@ -1,8 +1,7 @@
 """foreign weights → checkpoint, streaming.
 
 Three things run side by side: a thread reads ahead, this one changes dtypes and writes, a third
-computes checksums. Memory is bounded by the largest group of tensors or READ_AHEAD, whichever is
-more, whatever the model's size.
+computes checksums. Memory does not grow with the model's size: see pipeline.py.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import threading
-from collections import deque
-from collections.abc import Generator, Iterable
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 from llmforge import __version__
 from llmforge.artifact import (
+    GB,
     ArtifactWriter,
     Manifest,
     Progress,
@@ -26,22 +25,18 @@ from llmforge.artifact import (
     no_warning,
 )
 from llmforge.checkpoint import store
-from llmforge.checkpoint.config import DTYPE_BYTES
-from llmforge.checkpoint.dtypes import convert_parts, has_nonfinite
-from llmforge.checkpoint.mapping import Group, Plan
+from llmforge.checkpoint.dtypes import convert_into, has_nonfinite, one_torch_thread
+from llmforge.checkpoint.mapping import Plan
 from llmforge.checkpoint.params import parameters
+from llmforge.checkpoint.pipeline import BUFFERS, PIECE, BufferPool, Whole, read_ahead
 from llmforge.checkpoint.sources.base import Source
 from llmforge.checkpoint.sources.hf import HfSource
 from llmforge.checkpoint.sources.hub import hub_source, is_hub_id
 from llmforge.checkpoint.sources.random import RandomSource
 from llmforge.checkpoint.tokenizer_files import copy_tokenizer
 from llmforge.errors import SettingsError, SourceError
-from llmforge.safetensors_io import Array
+from llmforge.safetensors_io import NUMPY_DTYPES, Array
 from llmforge.settings import ConvertSettings
-
-READ_AHEAD = 256 << 20
-_MOST_IN_FLIGHT = 1 << 30
-_GB = 10**9
 
 
 def convert(
@@ -66,10 +61,10 @@ def convert(
         config = dataclasses.replace(opened.config, dtype=settings.dtype or opened.config.dtype)
         writer.require_space(store.nbytes(config, config.dtype))
         with writer:
-            job = _Conversion(opened, config.dtype, progress)
-            shard_bytes = int(settings.shard_size_gb * _GB)
+            shard_bytes = int(settings.shard_size_gb * GB)
             with store.WeightsWriter(writer, config, shard_bytes) as weights:
-                job.run(weights)
+                job = _Conversion(opened, config.dtype, weights, progress)
+                job.run()
             job.report(warn)
             if opened.tokenizer_directory is not None:
                 copy_tokenizer(opened.tokenizer_directory, writer.directory / store.TOKENIZER, warn)
@@ -109,64 +104,93 @@ def open_source(
 class _Conversion:
     """Moves every parameter from a source to the weight files."""
 
-    def __init__(self, source: Source, dtype: str, progress: Progress) -> None:
+    def __init__(
+        self, source: Source, dtype: str, weights: store.WeightsWriter, progress: Progress
+    ) -> None:
         self._source = source
         self._dtype = dtype
+        self._weights = weights
         self._progress = progress
         self._specs = parameters(source.config)
-        self._nonfinite: list[str] = []
-        self._overflowed: list[str] = []
+        self._total = store.nbytes(source.config, dtype)
+        self._done = 0
+        self._pool = BufferPool(BUFFERS, PIECE)
+        self._converted = BufferPool(BUFFERS, 2 * PIECE)
+        # Names in order of writing; dictionaries because they keep order and drop doubles.
+        self._nonfinite: dict[str, None] = {}
+        self._overflowed: dict[str, None] = {}
 
-    def run(self, weights: store.WeightsWriter) -> None:
-        total = store.nbytes(self._source.config, self._dtype)
-        done = 0
-        waiting: dict[str, Array] = {}  # results of a group that are not due yet
+    def run(self) -> None:
+        waiting: dict[str, Array] = {}  # results of whole groups that are not due yet
         order = iter(self._specs)
-        due = next(order, None)
-        with contextlib.closing(read_ahead(self._source, self._source.plan.groups)) as stream:
-            for group, arrays in stream:
-                waiting.update(self._apply(group, arrays))
-                del arrays  # no array may outlive its turn: read_ahead counts it as gone
-                while due in waiting:
-                    done += waiting[due].size * DTYPE_BYTES[self._dtype]
-                    weights.write(due, self._parts(due, waiting.pop(due)))
-                    self._progress("converting", done, total)
-                    due = next(order, None)
-        assert due is None and not waiting, (due, list(waiting))
+        due = next(order)
+        left = math.prod(self._specs[due].shape)
+        items = read_ahead(self._source, self._source.plan.groups, self._pool)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(items))
+            if any(t.dtype != self._dtype for t in self._source.tensors.values()):
+                stack.enter_context(one_torch_thread())
+            for item in items:
+                if isinstance(item, Whole):
+                    waiting.update(self._apply(item))
+                else:
+                    # Groups come in the order of their first parameter, so this one is due.
+                    [name] = item.group.ours
+                    assert name == due, (name, due)
+                    self._write(name, item.values, functools.partial(self._pool.give, item.buffer))
+                    left -= item.values.size
+                del item  # nothing may outlive its turn: read_ahead counts it as gone
+                while not left or due in waiting:
+                    if left:
+                        self._write_whole(due, waiting.pop(due))
+                    due = next(order, "")
+                    left = math.prod(self._specs[due].shape) if due else -1
+        assert not due and not waiting, (due, list(waiting))
 
-    def _apply(self, group: Group, arrays: list[Array]) -> dict[str, Array]:
-        if group.convert is not None:
-            arrays = group.convert(arrays, self._source.config)
-        result = dict(zip(group.ours, arrays, strict=True))
+    def _apply(self, item: Whole) -> dict[str, Array]:
+        convert = item.group.convert
+        assert convert is not None
+        result = dict(zip(item.group.ours, convert(item.arrays, self._source.config), strict=True))
         for name, array in result.items():
             if array.shape != (shape := self._specs[name].shape):
                 raise SourceError(
-                    f"{', '.join(group.theirs)} give {name} the shape {list(array.shape)}; "
+                    f"{', '.join(item.group.theirs)} give {name} the shape {list(array.shape)}; "
                     f"it must be {list(shape)}"
                 )
         return result
 
-    def _parts(self, name: str, array: Array) -> Iterable[Array]:
-        """The array in the checkpoint's dtype, a piece at a time, looked at as it passes."""
-        nonfinite = overflowed = False
-        for before, after in convert_parts(array, self._dtype):
-            bad = has_nonfinite(before)
-            nonfinite |= bad
-            overflowed |= before is not after and not bad and has_nonfinite(after)
-            yield after
-        if nonfinite:
-            self._nonfinite.append(name)
-        if overflowed:
-            self._overflowed.append(name)
+    def _write_whole(self, name: str, array: Array) -> None:
+        flat = array.reshape(-1)
+        step = PIECE // flat.itemsize
+        for first in range(0, flat.size, step):
+            self._write(name, flat[first : first + step], lambda: None)
+
+    def _write(self, name: str, values: Array, release: Callable[[], None]) -> None:
+        """Write a piece in the checkpoint's dtype, and look at it while it passes."""
+        bad = has_nonfinite(values)
+        if bad:
+            self._nonfinite[name] = None
+        dtype = NUMPY_DTYPES[self._dtype]
+        if values.dtype != dtype:
+            buffer = self._converted.take()
+            out = buffer[: values.size * dtype.itemsize].view(dtype)
+            convert_into(values, out)
+            release()
+            if not bad and has_nonfinite(out):
+                self._overflowed[name] = None
+            values, release = out, functools.partial(self._converted.give, buffer)
+        self._weights.write_piece(name, values, release)
+        self._done += values.nbytes
+        self._progress("converting", self._done, self._total)
 
     def report(self, warn: Warn) -> None:
         """Say what is suspicious about the values."""
-        if names := self._nonfinite:
-            warn(f"{len(names)} parameters hold NaN or infinite values: {listed(names)}")
-        if names := self._overflowed:
+        if names := list(self._nonfinite):
+            warn(f"NaN or infinite values in {len(names)} parameters: {listed(names)}")
+        if names := list(self._overflowed):
             warn(
-                f"{len(names)} parameters hold values too large for {self._dtype}, which became "
-                f"infinite: {listed(names)}; bfloat16 has the range of float32"
+                f"values too large for {self._dtype}, which became infinite, in {len(names)} "
+                f"parameters: {listed(names)}; bfloat16 has the range of float32"
             )
 
 
@@ -176,69 +200,3 @@ def _ignored(plan: Plan) -> dict[str, object]:
         reason: {"count": len(names), "examples": sorted(names)[:3]}
         for reason, names in plan.ignored.items()
     }
-
-
-def read_ahead(
-    source: Source, groups: Iterable[Group]
-) -> Generator[tuple[Group, list[Array]], None, None]:
-    """The groups with their arrays, read by a thread while the caller works on earlier ones.
-
-    At most READ_AHEAD bytes are held, the group that the caller works on included; or two groups,
-    where these are larger but fit _MOST_IN_FLIGHT; or one group of any size.
-    """
-    ready: deque[tuple[Group, list[Array]] | BaseException | None] = deque()
-    changed = threading.Condition()
-    in_flight = [0, 0]  # bytes, groups
-    stopped = False
-
-    def has_room(nbytes: int) -> bool:
-        after = in_flight[0] + nbytes
-        return (
-            stopped
-            or in_flight[1] == 0
-            or after <= READ_AHEAD
-            or (in_flight[1] == 1 and after <= _MOST_IN_FLIGHT)
-        )
-
-    def put(item: tuple[Group, list[Array]] | BaseException | None) -> None:
-        with changed:
-            ready.append(item)
-            changed.notify_all()
-
-    def work() -> None:
-        try:
-            for group in groups:
-                with changed:
-                    changed.wait_for(functools.partial(has_room, group.nbytes))
-                    if stopped:
-                        return
-                    in_flight[0] += group.nbytes
-                    in_flight[1] += 1
-                put((group, [source.read(name) for name in group.theirs]))
-            put(None)
-        except BaseException as error:  # raised again in the caller's thread
-            put(error)
-
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            with changed:
-                changed.wait_for(lambda: bool(ready))
-                item = ready.popleft()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            size = item[0].nbytes
-            yield item
-            del item
-            with changed:
-                in_flight[0] -= size
-                in_flight[1] -= 1
-                changed.notify_all()
-    finally:
-        with changed:
-            stopped = True
-            changed.notify_all()
-        thread.join()

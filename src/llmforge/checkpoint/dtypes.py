@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from llmforge.safetensors_io import NUMPY_DTYPES, Array
+from llmforge.safetensors_io import Array
 
-_PART = 1 << 20  # elements converted at a time
 _SCAN = 1 << 18  # elements looked at at a time: they stay in the cache for the second look
 # Of each float format, the bits of positive infinity: what is not finite is at least that.
 _INFINITY = {
@@ -35,26 +36,28 @@ def has_nonfinite(array: Array) -> bool:
     return False
 
 
-def convert_parts(array: Array, dtype: str) -> Iterator[tuple[Array, Array]]:
-    """Consecutive flat pieces of a contiguous array, as they are and in `dtype`, rounded to
-    nearest even. Without a change of dtype both are the same piece."""
-    flat = array.reshape(-1)
-    if array.dtype == NUMPY_DTYPES[dtype]:
-        for start in range(0, flat.size, _PART):
-            part = flat[start : start + _PART]
-            yield part, part
-        return
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Within this, torch computes in the calling thread alone. Pieces that fit the cache are
+    converted faster than threads meet, above all when other threads keep the cores busy."""
     import torch
 
-    for start in range(0, flat.size, _PART):
-        part = flat[start : start + _PART]
-        converted = _as_torch(part).to(getattr(torch, dtype))
-        yield part, converted.view(torch.uint8).numpy().view(NUMPY_DTYPES[dtype])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _as_torch(part: Array):  # type: ignore[no-untyped-def]
+def convert_into(values: Array, out: Array) -> None:
+    """Copy floats into `out` of the same size and another dtype, rounded to nearest even. Both
+    are flat and contiguous."""
+    _as_torch(out).copy_(_as_torch(values))
+
+
+def _as_torch(values: Array) -> Any:
     """The same memory as a torch tensor."""
     import torch
 
-    dtype = getattr(torch, part.dtype.name)
-    return torch.from_numpy(part.view(np.uint8)).view(dtype)
+    return torch.from_numpy(values.view(np.uint8)).view(getattr(torch, values.dtype.name))

@@ -10,7 +10,7 @@ The same source converted with the same settings gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -126,16 +126,16 @@ class WeightsWriter:
         self.names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         self._current: SafetensorsWriter | None = None
         self._index = -1
-        self._left = 0
 
-    def write(self, name: str, parts: Iterable[Array]) -> None:
-        """Write the next parameter, given as consecutive pieces in the config's dtype."""
+    def write_piece(
+        self, name: str, piece: Array, release: Callable[[], None] | None = None
+    ) -> None:
+        """As SafetensorsWriter.write_piece; pieces are in the config's dtype."""
         if self._current is None:
             self._open_next()
         assert self._current is not None
-        self._current.write_parts(name, parts)
-        self._left -= 1
-        if self._left == 0:
+        self._current.write_piece(name, piece, release)
+        if self._current.complete:
             size, digest = self._current.close()
             self._writer.record(self.names[self._index], size, digest)
             self._current = None
@@ -143,7 +143,6 @@ class WeightsWriter:
     def _open_next(self) -> None:
         self._index += 1
         shard = self._shards[self._index]
-        self._left = len(shard)
         self._current = SafetensorsWriter(
             self._writer.directory / self.names[self._index],
             [(spec.name, self._dtype, spec.shape) for spec in shard],

@@ -30,8 +30,8 @@ class Limits:
 class SamplingParams:
     """How to draw a request's tokens. Filters apply in the order of the fields.
 
-    temperature 0 is greedy (the filters and the seed are then of no effect); top_k 0, top_p 1,
-    min_p 0 and repetition_penalty 1 are off.
+    temperature 0 is greedy: the likeliest token after the penalty, whatever the filters and the
+    seed. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
     """
 
     repetition_penalty: float = 1.0

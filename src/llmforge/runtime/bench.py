@@ -214,10 +214,7 @@ class _Runner:
         runs = [self._serve(batch_size, batch_size) for _ in range(settings.repeat)]
         done = [completion for run in runs for completion in run.completions]
         decodes = [
-            step.seconds
-            for run in runs
-            for step in run.steps
-            if step.prefill_tokens == 0 and step.decode_tokens == batch_size
+            step.seconds for run in runs for step in run.steps if step.decode_tokens == batch_size
         ]
         prefill = [max(completion.ttft for completion in run.completions) for run in runs]
         total = sum(run.seconds for run in runs)

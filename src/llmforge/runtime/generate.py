@@ -33,6 +33,7 @@ def generate(
     completion as soon as it is whole, after its last piece. Raises RequestError before anything
     runs where a request cannot be served; the followers then return, too.
     """
+    assert len({request.index for request in requests}) == len(requests), "an index twice"
     finished: dict[int, Completion] = {}
     with Session(
         executable, comm, vocab_size=vocab_size, tokenizer=tokenizer, on_text=on_text

@@ -159,19 +159,19 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step: at least one chunk where there is work, at most `max_num_tokens` tokens
         and `max_batch_size` chunks, one a sequence; their blocks are allocated."""
-        budget = self.limits.max_num_tokens
-        preempted = self.num_preemptions
-        chunks = self._schedule_decodes(budget)
-        budget -= len(chunks)
+        chunks = self._schedule_decodes()
+        budget = self.limits.max_num_tokens - len(chunks)
         decoding = {chunk.sequence.number for chunk in chunks}
         for sequence in self.running:
             if budget and sequence.number not in decoding:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].stop - chunks[-1].start
-        # Whoever has just been preempted would only be preempted again.
-        while budget and self.num_preemptions == preempted and self._admit():
+        while budget and self._admit():
             chunks.append(self._chunk(self.running[-1], budget))
             budget -= chunks[-1].stop - chunks[-1].start
+        # No more sequences run than there are tokens in a step: one is only admitted to a step
+        # in which it and all the others get some.
+        assert budget >= 0
         assert chunks or not self.has_work, "no progress"
         return chunks
 
@@ -185,13 +185,11 @@ class Scheduler:
         self.running.remove(sequence)
         self.cache.free(sequence.number)
 
-    def _schedule_decodes(self, budget: int) -> list[Chunk]:
+    def _schedule_decodes(self) -> list[Chunk]:
         """One token of each sequence that lacks only the last one, oldest first. The one to
         preempt is the youngest, so it is never one that is scheduled already."""
         chunks: list[Chunk] = []
         for sequence in list(self.running):
-            if len(chunks) == budget:
-                break
             # Nothing computed: a prompt of one token, or preempted in this loop.
             if sequence.num_computed != sequence.num_tokens - 1 or sequence.num_computed == 0:
                 continue

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.mapping import Plan
 from llmforge.safetensors_io import Array, TensorInfo
@@ -36,6 +39,11 @@ class Source(Protocol):
 
     def read(self, name: str) -> Array:
         """A fresh contiguous array of the whole tensor. Raises SourceError."""
+        ...
+
+    def fill(self, name: str, first: int, out: NDArray[np.uint8]) -> None:
+        """Copy the tensor's bytes from number `first` on into `out`, which they fill. A tensor's
+        bytes are asked for from the first to the last. Raises SourceError."""
         ...
 
     def close(self) -> None: ...

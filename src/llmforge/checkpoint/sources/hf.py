@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmforge.artifact import Warn, listed, no_warning, stays_inside
 from llmforge.checkpoint.config import ModelConfig
@@ -27,6 +28,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_COMPARE = 1 << 22
 _FOREIGN = {".gguf": "GGUF", ".onnx": "ONNX", ".h5": "TensorFlow", ".msgpack": "Flax"}
 
 
@@ -35,6 +37,8 @@ class _WeightFile(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str) -> Array: ...
+
+    def fill(self, name: str, first: int, out: NDArray[np.uint8]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -74,6 +78,9 @@ class HfSource:
     def read(self, name: str) -> Array:
         return self._file_of[name].read(name)
 
+    def fill(self, name: str, first: int, out: NDArray[np.uint8]) -> None:
+        self._file_of[name].fill(name, first, out)
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
@@ -103,7 +110,7 @@ class HfSource:
         ours, theirs = self.tensors[embedding], self.tensors[head]
         if ours.shape != theirs.shape or ours.dtype not in SOURCE_DTYPES:
             return config
-        if ours.dtype == theirs.dtype and _same_bytes(self.read(embedding), self.read(head)):
+        if ours.dtype == theirs.dtype and self._same_bytes(embedding, head):
             return config
         warn(
             f"{head} differs from {embedding} though the config ties them: the model is "
@@ -111,14 +118,20 @@ class HfSource:
         )
         return dataclasses.replace(config, tied_embeddings=False)
 
+    def _same_bytes(self, a: str, b: str) -> bool:
+        size = self.tensors[a].nbytes
+        for first in range(0, size, _COMPARE):
+            left, right = (np.empty(min(_COMPARE, size - first), np.uint8) for _ in "ab")
+            self.fill(a, first, left)
+            self.fill(b, first, right)
+            if not np.array_equal(left, right):
+                return False
+        return True
+
 
 def _embedding_and_head(tensors: Mapping[str, TensorInfo]) -> tuple[str | None, str | None]:
     embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), None)
     return embedding, "lm_head.weight" if "lm_head.weight" in tensors else None
-
-
-def _same_bytes(a: Array, b: Array) -> bool:
-    return bool(np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)))
 
 
 def _check_directory(directory: Path) -> None:

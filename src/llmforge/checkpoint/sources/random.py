@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from llmforge.checkpoint.config import DTYPE_BYTES
 from llmforge.checkpoint.families import read_config
 from llmforge.checkpoint.mapping import Group, Plan
-from llmforge.checkpoint.params import parameters
+from llmforge.checkpoint.params import ParamSpec, parameters
 from llmforge.safetensors_io import NUMPY_DTYPES, Array, TensorInfo
 
 _LEVELS = 1 << 16
@@ -56,24 +56,41 @@ class RandomSource:
         return DTYPE_BYTES[self.config.dtype]
 
     def read(self, name: str) -> Array:
-        spec = self._specs[name]
-        dtype = NUMPY_DTYPES[self.config.dtype]
-        table = (spec.init_mean + spec.init_std * _normal_quantiles()).astype(dtype)
-        # Moving raw bits is much faster than moving bfloat16 values.
-        bits = table.view(f"u{dtype.itemsize}")
-        key = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = np.random.SFC64(int.from_bytes(key, "little"))
-        result = np.empty(math.prod(spec.shape), bits.dtype)
-        for start in range(0, len(result), _CHUNK):
-            part = result[start : start + _CHUNK]
-            raw = generator.random_raw(-(-len(part) // 4))
-            # Little-endian on every machine, so that a seed means the same values everywhere.
-            levels = raw.astype("<u8", copy=False).view("<u2")[: len(part)]
-            np.take(bits, levels, out=part, mode="clip")  # in range; "clip" saves a copy
-        return result.view(dtype).reshape(spec.shape)
+        info = self.tensors[name]
+        result = np.empty(info.nbytes, np.uint8)
+        self.fill(name, 0, result)
+        return result.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+    def fill(self, name: str, first: int, out: NDArray[np.uint8]) -> None:
+        if first == 0:
+            self._stream = _Stream(self._specs[name], self._seed, self.config.dtype)
+        self._stream.draw(first, out)
 
     def close(self) -> None:
         pass
+
+
+class _Stream:
+    """The values of one parameter, drawn from first to last."""
+
+    def __init__(self, spec: ParamSpec, seed: int, dtype: str) -> None:
+        table = (spec.init_mean + spec.init_std * _normal_quantiles()).astype(NUMPY_DTYPES[dtype])
+        # Moving raw bits is much faster than moving bfloat16 values.
+        self._bits = table.view(f"u{table.itemsize}")
+        key = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()
+        self._generator = np.random.SFC64(int.from_bytes(key, "little"))
+        self._drawn = 0
+
+    def draw(self, first: int, out: NDArray[np.uint8]) -> None:
+        assert first == self._drawn, "values are drawn in order"
+        self._drawn += out.size
+        values = out.view(self._bits.dtype)
+        for start in range(0, values.size, _CHUNK):
+            part = values[start : start + _CHUNK]
+            raw = self._generator.random_raw(-(-part.size // 4))
+            # Little-endian on every machine, so that a seed means the same values everywhere.
+            levels = raw.astype("<u8", copy=False).view("<u2")[: part.size]
+            np.take(self._bits, levels, out=part, mode="clip")  # in range; "clip" saves a copy
 
 
 @functools.cache

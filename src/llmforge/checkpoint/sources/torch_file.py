@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmforge.errors import SourceError
 from llmforge.safetensors_io import (
@@ -22,7 +23,7 @@ from llmforge.safetensors_io import (
     NUMPY_DTYPES,
     Array,
     TensorInfo,
-    read_bytes,
+    read_into,
 )
 
 _TORCH_DTYPES = {
@@ -38,6 +39,7 @@ class _View:
 
     offset: int
     strides: tuple[int, ...]
+    contiguous: bool
 
 
 class TorchFile:
@@ -48,7 +50,8 @@ class TorchFile:
         self.path = path
         self._fd = _open(path)
         self._finalizer = weakref.finalize(self, os.close, self._fd)
-        self._loaded: Mapping[str, Any] | None = None
+        self._loaded: Mapping[str, Any] | None = None  # files of the old format only
+        self._whole: tuple[str, NDArray[np.uint8]] | None = None  # a tensor that is not contiguous
         try:
             state = _load(path, "meta")
             self.tensors = {name: _info(path, name, tensor) for name, tensor in state.items()}
@@ -58,7 +61,7 @@ class TorchFile:
             raise
 
     def close(self) -> None:
-        self._loaded = None
+        self._loaded = self._whole = None
         self._finalizer()
 
     def read(self, name: str) -> Array:
@@ -70,16 +73,30 @@ class TorchFile:
         span = 1 + sum((n - 1) * step for n, step in zip(info.shape, view.strides, strict=True))
         if 0 in info.shape:
             return np.empty(info.shape, dtype)
+        flat = np.empty(span, dtype)
+        self._read_into(name, view.offset, flat.view(np.uint8))
+        steps = [step * dtype.itemsize for step in view.strides]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, info.shape, steps))
+
+    def fill(self, name: str, first: int, out: NDArray[np.uint8]) -> None:
+        """Copy the tensor's bytes from number `first` on into `out`, which they fill."""
+        view = self._views[name]
+        if view is not None and view.contiguous:
+            self._read_into(name, view.offset + first, out)
+            return
+        if self._whole is None or self._whole[0] != name:
+            self._whole = name, self.read(name).reshape(-1).view(np.uint8)
+        out[:] = self._whole[1][first : first + out.size]
+
+    def _read_into(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
         try:
-            flat = read_bytes(self._fd, view.offset, span * dtype.itemsize).view(dtype)
+            read_into(self._fd, offset, out)
         except EOFError:
             raise SourceError(
                 f"{self.path} is truncated: it ends in the middle of tensor {name!r}"
             ) from None
         except OSError as error:
             raise SourceError(f"cannot read {self.path}: {error.strerror}") from error
-        steps = [step * dtype.itemsize for step in view.strides]
-        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, info.shape, steps))
 
     def _read_loaded(self, name: str) -> Array:
         import torch
@@ -154,4 +171,4 @@ def _view(tensor: Any) -> _View | None:
     if base is None:
         return None
     first = tensor.storage_offset() * tensor.element_size()
-    return _View(int(base) + first, tuple(tensor.stride()))
+    return _View(int(base) + first, tuple(tensor.stride()), tensor.is_contiguous())

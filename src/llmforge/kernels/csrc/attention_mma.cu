@@ -24,7 +24,7 @@ struct Rows {
 };
 
 DEVICE uint4 load_chunk(const T* row, int chunk) {
-    return chunk < CHUNKS ? __ldg((const uint4*)row + chunk) : make_uint4(0, 0, 0, 0);
+    return chunk < CHUNKS ? ((const uint4*)row)[chunk] : make_uint4(0, 0, 0, 0);
 }
 
 DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
@@ -42,7 +42,7 @@ DEVICE void attend(State& state, const Rows (&query)[STEPS], const T* key_cache,
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     auto row_of = [&](const T* cache, int key) {
         key = min(key, stop - 1);
-        const size_t slot = (size_t)__ldg(blocks + key / BLOCK_SIZE) * BLOCK_SIZE + key % BLOCK_SIZE;
+        const size_t slot = (size_t)blocks[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
         return cache + (slot * KV_HEADS + kv_head) * HEAD_DIM;
     };
     uint4 keys[2][STEPS], values[4][HALVES];
@@ -157,7 +157,7 @@ DEVICE void join(const float* parts, int count, size_t stride, int d, float& sum
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 attention(T* out, const T* q, const T* key_cache, const T* value_cache, const int* query_starts,
           const int* kv_lens, const int* block_table, float* partial, int* counters, float scale) {
     __shared__ float parts[WARPS][GROUP][HEAD_DIM + 2];
@@ -250,7 +250,7 @@ attention(T* out, const T* q, const T* key_cache, const T* value_cache, const in
 
 #else
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 attention(T* out, const T* q, const T* key_cache, const T* value_cache, const int* query_starts,
           const int* kv_lens, const int* block_table, float scale) {
     let_next_start();

@@ -1,0 +1,169 @@
+"""`llmforge verify`: are the files whole, and are the logits right?"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmforge.cli.options import PATH, json_option
+from llmforge.errors import VerificationError
+
+if TYPE_CHECKING:
+    from llmforge.artifact import Manifest
+    from llmforge.comm import Comm
+    from llmforge.engine.store import Engine
+    from llmforge.runtime.verify import Comparison
+
+
+@click.command("verify")
+@click.argument("path", type=PATH, metavar="CKPT|ENGINE")
+@click.option(
+    "--against",
+    type=PATH,
+    metavar="HF_DIR",
+    help="Compare logits with those that transformers computes from this model directory.",
+)
+@json_option
+def command(path: Path, against: Path | None, as_json: bool) -> int:
+    """Check a checkpoint's or an engine's files against their checksums.
+
+    With --against, random prompts are prefilled and decoded, and the logits compared with those
+    of transformers on the original model: their largest difference must be within what rounding
+    explains, and the likeliest tokens the same but for near ties. An engine of several ranks is
+    run on all of them.
+    """
+    from llmforge.cli.launch import is_speaker
+    from llmforge.cli.ranks import run_ranks
+    from llmforge.cli.stages import kind_of
+
+    kind = kind_of(path)
+    if against is not None and kind == "engine":
+        from llmforge.engine.store import Engine
+
+        engine = Engine.open(path)
+        return run_ranks(
+            engine.topology.world_size,
+            lambda comm: _verify_engine(comm, engine, against, as_json),
+        )
+    if is_speaker():
+        manifest = _manifest(path, kind)
+        _check_files(manifest, kind, as_json, report=against is None)
+        if against is not None:
+            _report(manifest, kind, _compare_checkpoint(path, against), as_json)
+    return 0
+
+
+def _manifest(path: Path, kind: str) -> Manifest:
+    from llmforge.artifact import read_manifest
+    from llmforge.checkpoint import store as checkpoints
+    from llmforge.engine import store as engines
+
+    store = checkpoints if kind == "checkpoint" else engines
+    return read_manifest(path, store.MANIFEST, store.KIND, store.FORMAT_VERSION)
+
+
+def _check_files(manifest: Manifest, kind: str, as_json: bool, *, report: bool) -> None:
+    """Raises VerificationError that names the files which are not what they were."""
+    from llmforge.artifact import listed, verify_files
+    from llmforge.cli.console import print_json, progress
+
+    with progress() as on_progress:
+        problems = verify_files(manifest, on_progress)
+    if problems and as_json:
+        print_json(_result(manifest, kind, problems))
+    if problems:
+        raise VerificationError(
+            f"{manifest.directory} is damaged: {listed(problems)}; copy or make it again"
+        )
+    if report:
+        _report(manifest, kind, None, as_json)
+
+
+def _verify_engine(comm: Comm, engine: Engine, against: Path, as_json: bool) -> int:
+    """One rank's part: rank 0 checks the files before it loads the engine with the others."""
+    from llmforge.engine.target import target
+    from llmforge.runtime.generate import follow
+
+    if comm.rank == 0:
+        _check_files(engine.manifest, "engine", as_json, report=False)
+    executable = target(engine.target).load(
+        engine.rank_directory(comm.rank), engine.topology, engine.limits, comm
+    )
+    if comm.rank == 0:
+        comparison = _compare(comm, engine, executable, against)
+        if comm.size > 1:
+            comm.broadcast(None)  # lets the others return
+        _report(engine.manifest, "engine", comparison, as_json)
+    else:
+        follow(executable, comm)
+    executable.close()
+    return 0
+
+
+def _compare_checkpoint(checkpoint: Path, against: Path) -> Comparison:
+    """The checkpoint in a temporary engine of one rank on the cpu."""
+    from llmforge.comm import LocalComm
+    from llmforge.engine.build import build
+    from llmforge.engine.store import Engine
+    from llmforge.engine.target import target
+    from llmforge.settings import BuildSettings
+
+    with tempfile.TemporaryDirectory(prefix="llmforge-verify-") as directory:
+        path = Path(directory) / "engine"
+        # Enough for the comparison's prompts.
+        settings = BuildSettings(target="cpu", max_batch_size=4, max_seq_len=64, max_num_tokens=128)
+        build(checkpoint, path, settings)
+        engine, comm = Engine.open(path), LocalComm()
+        executable = target("cpu").load(
+            engine.rank_directory(0), engine.topology, engine.limits, comm
+        )
+        comparison = _compare(comm, engine, executable, against)
+        executable.close()
+    return comparison
+
+
+def _compare(comm: Comm, engine: Engine, executable: Any, against: Path) -> Comparison:
+    # Errors apart, transformers' own talk and progress bars do not belong on our stderr.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from llmforge.runtime.verify import compare_with_transformers
+
+    return compare_with_transformers(executable, comm, engine.config, against)
+
+
+def _result(
+    manifest: Manifest, kind: str, problems: list[str], comparison: Comparison | None = None
+) -> dict[str, Any]:
+    return {
+        "path": str(manifest.directory),
+        "kind": kind,
+        "digest": manifest.digest,
+        "files": len(manifest.files),
+        "problems": problems,
+        "comparison": None if comparison is None else comparison.to_dict(),
+    }
+
+
+def _report(manifest: Manifest, kind: str, comparison: Comparison | None, as_json: bool) -> None:
+    """Print the outcome. Raises VerificationError where the logits differ."""
+    from llmforge.cli.console import print_json
+
+    if as_json:
+        print_json(_result(manifest, kind, [], comparison))
+    else:
+        print(f"{kind} {manifest.directory}: {len(manifest.files)} files are whole", flush=True)
+    if comparison is None:
+        return
+    text = (
+        f"largest difference of {comparison.rows} positions' logits {comparison.max_difference:.3g}"
+        f", tolerance {comparison.tolerance:.3g}; likeliest token the same at "
+        f"{comparison.greedy_rows}, a near tie at {comparison.near_ties}"
+    )
+    if not comparison.passed:
+        raise VerificationError(f"the logits are not those of transformers: {text}")
+    if not as_json:
+        print(f"logits agree with transformers: {text}", flush=True)

@@ -1,0 +1,1 @@
+"""The cuda target: our kernels, compiled for the model at build time."""

@@ -1,0 +1,152 @@
+"""`Program`: a graph lowered for one kind of step, and where its buffers lie.
+
+A program is a list of kernel launches and matrix products over named buffers. It holds no
+addresses, so it is made at build time too, to know which kernels the engine needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llmforge.engine.step import Limits
+from llmforge.kernels.compile import KernelSpec
+from llmforge.kernels.launch import DTYPE_BYTES, SAMPLE_PARAMS_BYTES, Dim, Launch, Operand
+
+ALIGNMENT = 256  # bytes; what cudaMalloc gives, and more than any load needs
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a program is for: steps of at most `tokens` and `sequences`. decode: each sequence has
+    exactly one token, and the next token of each is wanted."""
+
+    tokens: int
+    sequences: int
+    decode: bool
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """out = x weightᵀ + bias, by the vendor's library."""
+
+    x: Operand
+    weight: Operand
+    bias: Operand | None
+    out: Operand
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One step of a program, and the graph tensors that are computed once it has run."""
+
+    call: Launch | Matmul
+    tensors: tuple[str, ...]
+
+    @property
+    def operands(self) -> list[Operand]:
+        if isinstance(self.call, Matmul):
+            found = (self.call.x, self.call.weight, self.call.bias, self.call.out)
+            return [o for o in found if o is not None]
+        return [o for o in self.call.arguments if isinstance(o, Operand)]
+
+
+@dataclass(frozen=True)
+class Field:
+    """An array of the step's upload: bytes from its start, and elements."""
+
+    offset: int
+    count: int
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where the step's arrays lie in the one buffer that is uploaded."""
+
+    fields: Mapping[str, Field]
+    nbytes: int
+    table_stride: int
+
+    @classmethod
+    def of(cls, shape: StepShape, limits: Limits) -> StepLayout:
+        stride = limits.max_blocks_per_seq
+        sizes = {
+            "sampling": (shape.sequences, SAMPLE_PARAMS_BYTES),
+            "token_ids": (shape.tokens, 4),
+            "positions": (shape.tokens, 4),
+            "query_starts": (shape.sequences + 1, 4),
+            "kv_lens": (shape.sequences, 4),
+            "prompt_lens": (shape.sequences, 4),
+            "logit_rows": (shape.sequences, 4),
+            "block_table": (shape.sequences * stride, 4),
+        }
+        fields = {}
+        offset = 0
+        for name, (count, size) in sizes.items():
+            fields[name] = Field(offset, count)
+            offset += -(-count * size // 16) * 16
+        return cls(fields, offset, stride)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Instructions over buffers: of the arena (byte offsets in `arena`), the parameters, the
+    states, the step's upload ("step.NAME"), `constants`, and the scratch that programs share."""
+
+    shape: StepShape
+    layout: StepLayout
+    instructions: tuple[Instruction, ...]
+    operands: Mapping[str, Operand]  # of every graph tensor that exists in memory
+    outputs: tuple[str, ...]
+    constants: Mapping[str, tuple[float, ...]]
+    arena: Mapping[str, int]
+    arena_bytes: int
+
+    @property
+    def kernels(self) -> dict[str, KernelSpec]:
+        """The kernels that it launches, by key."""
+        launches = (i.call for i in self.instructions if isinstance(i.call, Launch))
+        return {launch.kernel.key: launch.kernel for launch in launches}
+
+
+def plan_arena(
+    instructions: Sequence[Instruction],
+    buffers: Mapping[str, int],
+    kept: Sequence[str],
+) -> tuple[dict[str, int], int]:
+    """Byte offsets for `buffers` (sizes by name), so that those alive at once do not overlap, and
+    the bytes needed. A buffer lives from its first use to its last; `kept` ones to the end."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, instruction in enumerate(instructions):
+        for operand in instruction.operands:
+            if operand.buffer in buffers:
+                first.setdefault(operand.buffer, index)
+                last[operand.buffer] = index
+    for name in kept:
+        last[name] = len(instructions)
+    placed: list[tuple[int, int, str]] = []  # (offset, end, name)
+    offsets: dict[str, int] = {}
+    total = 0
+    for name in sorted(first, key=lambda n: -buffers[n]):
+        size = -(-buffers[name] // ALIGNMENT) * ALIGNMENT
+        offset = 0
+        for start, end, other in sorted(placed):
+            overlaps = first[name] <= last[other] and first[other] <= last[name]
+            if not overlaps:
+                continue
+            if offset + size <= start:
+                break
+            offset = max(offset, end)
+        offsets[name] = offset
+        placed.append((offset, offset + size, name))
+        total = max(total, offset + size)
+    return offsets, total
+
+
+def buffer_bytes(shape: Sequence[Dim], dtype: str, sizes: Mapping[str, int]) -> int:
+    """Bytes of a contiguous tensor at these sizes of symbolic dimensions."""
+    count = DTYPE_BYTES[dtype]
+    for dim in shape:
+        count *= dim if isinstance(dim, int) else sizes[dim]
+    return count

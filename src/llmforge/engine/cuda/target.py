@@ -1,0 +1,174 @@
+"""The cuda target: compiling lowers the graph, compiles its kernels and writes the rank's weights;
+loading needs a GPU.
+
+A rank's directory: graph.json, weights.safetensors, plan.json (the kernels: file names by key) and
+kernels/ (a cubin a kernel and architecture, and PTX for architectures that have none).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from llmforge.comm import Comm
+from llmforge.engine.cuda.lowering import LOWERINGS, lower
+from llmforge.engine.cuda.program import Program, StepShape
+from llmforge.engine.cuda.sampling import sampling_launch
+from llmforge.engine.step import Limits
+from llmforge.engine.target import Checksums, Executable, Weights
+from llmforge.errors import BuildError, TargetError
+from llmforge.kernels import compile as compiler
+from llmforge.kernels.compile import KernelSpec, compile_kernel
+from llmforge.model.graph import Graph
+from llmforge.model.passes import apply, fuse_add_norm, merge_linears
+from llmforge.parallel import Topology
+from llmforge.safetensors_io import SafetensorsWriter
+
+PASSES = (merge_linears, fuse_add_norm)
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+PTX_ARCH = "compute_80"
+GRAPH_FILE = "graph.json"
+WEIGHTS_FILE = "weights.safetensors"
+PLAN_FILE = "plan.json"
+KERNELS = "kernels"
+COLLECTIVES = ("all_reduce", "all_gather", "send", "recv")
+
+
+class CudaTarget:
+    """Our kernels on an NVIDIA GPU of compute capability 8.0 or more."""
+
+    name = "cuda"
+
+    def __init__(
+        self, archs: Sequence[str] | None = None, cache: Path | None = compiler.DEFAULT_CACHE
+    ) -> None:
+        """archs: architectures to make cubins for; None: that of this machine's GPU, or where
+        there is none all of `ARCHS`. cache: where compiled kernels are kept."""
+        self._archs = archs
+        self._cache = cache
+
+    def available(self) -> str | None:
+        """Building needs the compiler only; `load` says what it lacks."""
+        return compiler.unavailable()
+
+    def prepare(self, graph: Graph) -> Graph:
+        for node in graph.nodes:
+            if node.op in COLLECTIVES:
+                raise BuildError(
+                    "the cuda target runs on one GPU so far: build with tensor_parallel 1 and "
+                    "pipeline_parallel 1, or for the target cpu"
+                )
+        assert LOWERINGS.keys() >= {node.op for node in graph.nodes}
+        return apply(graph, PASSES)
+
+    def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
+        (out / GRAPH_FILE).write_text(graph.to_json())
+        kernels = engine_kernels(graph, limits)
+        archs = tuple(self._archs or _local_arch() or ARCHS)
+        check_archs(archs)
+        write_kernels(kernels, archs, out, self._cache)
+        entries = [(p.name, p.dtype, p.shape) for p in graph.parameters]
+        with SafetensorsWriter(out / WEIGHTS_FILE, entries, {"format": "pt"}) as writer:
+            for parameter in graph.parameters:
+                writer.write(parameter.name, weights.read(parameter))
+            return {WEIGHTS_FILE: writer.close()}
+
+    def load(self, directory: Path, topology: Topology, limits: Limits, comm: Comm) -> Executable:
+        if reason := _no_gpu():
+            raise TargetError(f"this engine is for the target cuda and cannot run here: {reason}")
+        from llmforge.engine.cuda.executable import CudaExecutable
+
+        return CudaExecutable.open(directory, limits)
+
+
+def _no_gpu() -> str | None:
+    """Why engines cannot be loaded here, in a line, or None."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} has no CUDA; install a CUDA build of it"
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU, or its driver is not loaded"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"its GPU has compute capability {major}.{minor}; at least 8.0 is needed"
+    return None
+
+
+def _local_arch() -> tuple[str, ...]:
+    """The architecture of this machine's first GPU, if there is one."""
+    if _no_gpu():
+        return ()
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return (f"sm_{major}{minor}",)
+
+
+def check_archs(archs: Sequence[str]) -> None:
+    """Raises BuildError for what the compiler cannot make cubins for."""
+    supported = compiler.supported_archs()
+    if unknown := [arch for arch in archs if arch.removesuffix("a") not in supported]:
+        raise BuildError(
+            f"the compiler does not know the architecture {unknown[0]!r}; "
+            f"allowed: {', '.join(supported)}"
+        )
+
+
+def decode_buckets(limits: Limits) -> tuple[int, ...]:
+    """Batch sizes that decode steps are prepared for: each step takes the next larger one."""
+    most = min(limits.max_batch_size, limits.max_num_tokens)
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]
+    sizes += range(192, most, 64)
+    return (*(size for size in sizes if size < most), most)
+
+
+def programs(graph: Graph, limits: Limits) -> list[Program]:
+    """The programs of an engine: that of any step, then those of the decode buckets."""
+    general = StepShape(limits.max_num_tokens, limits.max_batch_size, decode=False)
+    decodes = [StepShape(size, size, decode=True) for size in decode_buckets(limits)]
+    return [lower(graph, limits, shape) for shape in (general, *decodes)]
+
+
+def engine_kernels(graph: Graph, limits: Limits) -> dict[str, KernelSpec]:
+    """Every kernel that an engine of this graph may launch, by key."""
+    kernels: dict[str, KernelSpec] = {}
+    for program in programs(graph, limits):
+        kernels.update(program.kernels)
+        kernel = sampling_launch(program).kernel
+        kernels[kernel.key] = kernel
+    return kernels
+
+
+def write_kernels(
+    kernels: dict[str, KernelSpec], archs: Sequence[str], out: Path, cache: Path | None
+) -> None:
+    """Compile the kernels for all `archs`, and to PTX, into `out`. Raises CompileError."""
+    directory = out / KERNELS
+    directory.mkdir()
+    jobs = [(key, arch) for key in kernels for arch in (*archs, PTX_ARCH)]
+
+    def compile_one(job: tuple[str, str]) -> None:
+        key, arch = job
+        compiled = compile_kernel(kernels[key], arch, cache)
+        (directory / image_name(key, arch)).write_bytes(compiled.image)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compile_one, jobs))
+    plan = {
+        "compiler": compiler.compiler_version(),
+        "archs": list(archs),
+        "kernels": {key: {"entry": spec.entry} for key, spec in kernels.items()},
+    }
+    (out / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n")
+
+
+def image_name(key: str, arch: str) -> str:
+    """The file of a compiled kernel."""
+    return f"{key}.ptx" if arch == PTX_ARCH else f"{key}.{arch}.cubin"

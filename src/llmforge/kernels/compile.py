@@ -1,0 +1,216 @@
+"""CUDA C++ source → cubin or PTX through NVRTC, on any machine: no GPU and no toolkit are needed.
+
+Results are kept in a cache directory, by a hash of everything that they depend on: the source with
+what it includes, the definitions, the architecture and the compiler's version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from llmforge.errors import BuildError
+
+DEFAULT_CACHE = Path("~/.cache/llmforge/kernels")
+_INCLUDE = re.compile(rb'^#include "([a-z_]+\.cuh)"', re.MULTILINE)
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel: the file in csrc, the function in it, and the macros that specialise it."""
+
+    source: str
+    entry: str
+    defines: tuple[tuple[str, int | str], ...]
+
+    @property
+    def key(self) -> str:
+        """A file name for it: readable, and different for different kernels."""
+        text = repr((self.source, self.entry, self.defines))
+        return f"{self.entry}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+class CompileError(BuildError):
+    """The compiler refused a kernel; `log` is all that it said."""
+
+    def __init__(self, spec: KernelSpec, arch: str, log: str) -> None:
+        first = next((line for line in log.splitlines() if "error" in line), "no message")
+        super().__init__(f"kernel {spec.entry} does not compile for {arch}: {first.strip()}")
+        self.log = log
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """`image`: a cubin, or PTX text. `log`: the compiler's report on registers and spills."""
+
+    image: bytes
+    log: str
+
+    @property
+    def spill_bytes(self) -> int:
+        """Bytes of registers spilled to memory. The report has them for cubins only."""
+        return sum(int(a) + int(b) for a, b in _SPILLS.findall(self.log))
+
+    @property
+    def registers(self) -> int:
+        return max((int(n) for n in _REGISTERS.findall(self.log)), default=0)
+
+
+def unavailable() -> str | None:
+    """Why kernels cannot be compiled here, in a line, or None."""
+    if importlib.util.find_spec("cuda") is None or not _has("cuda.bindings"):
+        return "package cuda-bindings is not installed; run: pip install 'llmforge[cuda]'"
+    if importlib.util.find_spec("nvidia") is None:
+        return "NVRTC is not installed; run: pip install 'llmforge[cuda]'"
+    try:
+        compiler_version()
+    except (RuntimeError, ImportError) as error:
+        return f"NVRTC cannot be loaded ({_line(error)}); run: pip install 'llmforge[cuda]'"
+    if not _include_directories():
+        return "the CUDA headers are not installed; run: pip install nvidia-cuda-runtime"
+    return None
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@functools.cache
+def compiler_version() -> str:
+    """NVRTC's version, "13.0". Raises RuntimeError where the library cannot be loaded."""
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    if int(status) != 0:
+        raise RuntimeError(f"nvrtcVersion failed: {status.name}")
+    return f"{major}.{minor}"
+
+
+def supported_archs() -> tuple[str, ...]:
+    """What the compiler can make cubins for: "sm_80", "sm_90", ..."""
+    from cuda.bindings import nvrtc
+
+    _, count = nvrtc.nvrtcGetNumSupportedArchs()
+    _, archs = nvrtc.nvrtcGetSupportedArchs()
+    return tuple(f"sm_{arch}" for arch in archs[:count])
+
+
+def compile_kernel(spec: KernelSpec, arch: str, cache: Path | None = None) -> Compiled:
+    """The kernel for `arch`: "sm_90" gives a cubin, "compute_80" PTX that the driver of any later
+    GPU compiles when it is loaded. `cache`: a directory to keep results in; None: keep nothing.
+    Raises CompileError.
+    """
+    if cache is None:
+        return _compile(spec, arch)
+    path = cache.expanduser() / _digest(spec, arch)
+    image, log = path.with_suffix(".image"), path.with_suffix(".log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        if image.exists() and log.exists():
+            return Compiled(image.read_bytes(), log.read_text())
+        compiled = _compile(spec, arch)
+        _write(log, compiled.log.encode())
+        _write(image, compiled.image)
+        return compiled
+
+
+def _digest(spec: KernelSpec, arch: str) -> str:
+    digest = hashlib.sha256(f"{compiler_version()} {arch} {_options(spec)!r}".encode())
+    for name, text in sorted(_sources(spec.source).items()):
+        digest.update(f"\0{name}\0".encode() + text)
+    return digest.hexdigest()
+
+
+def _sources(name: str) -> dict[str, bytes]:
+    """The text of a file in csrc and of those that it includes, by name."""
+    text = (resources.files("llmforge.kernels") / "csrc" / name).read_bytes()
+    found = {name: text}
+    for included in _INCLUDE.findall(text):
+        found.update(_sources(included.decode()))
+    return found
+
+
+def _options(spec: KernelSpec) -> list[str]:
+    macros = [f"-D{name}={value}" for name, value in spec.defines]
+    return ["--std=c++17", "--ptxas-options=-v", "-DNDEBUG", *macros]
+
+
+@functools.cache
+def _include_directories() -> tuple[str, ...]:
+    """Where cuda_bf16.h and cuda_fp16.h are."""
+    roots: list[str] = []
+    for package in ("nvidia.cu13", "nvidia.cuda_runtime"):
+        if _has(package):
+            spec = importlib.util.find_spec(package)
+            roots.extend(spec.submodule_search_locations or () if spec else ())
+    roots.append("/usr/local/cuda")
+    found = [f"{root}/include" for root in roots if Path(root, "include/cuda_bf16.h").is_file()]
+    return tuple(found[:1])
+
+
+def _compile(spec: KernelSpec, arch: str) -> Compiled:
+    from cuda.bindings import nvrtc
+
+    sources = _sources(spec.source)
+    text = sources.pop(spec.source)
+    headers = [name.encode() for name in sources]
+    status, program = nvrtc.nvrtcCreateProgram(
+        text, spec.source.encode(), len(headers), list(sources.values()), headers
+    )
+    assert int(status) == 0, status
+    try:
+        options = [f"--gpu-architecture={arch}", *_options(spec)]
+        options += [f"-I{directory}" for directory in _include_directories()]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        log = _fetch(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+        report = log.rstrip(b"\0").decode(errors="replace")
+        if int(status) != 0:
+            raise CompileError(spec, arch, report)
+        if arch.startswith("compute_"):
+            return Compiled(_fetch(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX), report)
+        return Compiled(_fetch(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), report)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _fetch(program: object, size_of: object, read: object) -> bytes:
+    status, size = size_of(program)  # type: ignore[operator]
+    assert int(status) == 0, status
+    buffer = bytearray(size)
+    (status,) = read(program, buffer)  # type: ignore[operator]
+    assert int(status) == 0, status
+    return bytes(buffer)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process at a time compiles what `path` stands for; the others wait and find it."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(path: Path, data: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+    os.rename(name, path)

@@ -1,0 +1,257 @@
+// out = x weightᵀ for at most 8 rows of x, as fast as the weights can be read: each is read once, by
+// bulk copies into rings of shared memory that run ahead of the arithmetic, and of the kernel: the
+// first of them are under way while the kernel before still runs.
+//
+// A block computes tiles of 16 output features. K is divided among the warps, and among SPLIT
+// blocks; a warp keeps its part of x in registers for all tiles, as the second factor of
+// mma.m16n8k16 (the 8 columns are the rows of x). The last of SPLIT blocks to finish adds their sums,
+// always in the same order.
+//   K: elements of a row. SPLIT. WARPS. CHUNK: elements of a weight row that one bulk copy brings, a
+//   multiple of 32 that divides K / SPLIT / WARPS. STAGES: slots of each warp's ring.
+//   NORM: x is RMSNorm(x) norm_weight, computed on the way in (SPLIT must be 1).
+//   BIAS. RESIDUAL: added to the rounded product. GATED: the weights are those of gate | up, out =
+//   activation(gate) up.
+// x [rows, K]; weight [features, K]; out and residual have row stride out_stride.
+// partial: [SPLIT, tiles, 128] float32; counters: one int a group of SPLIT blocks, zero before and
+// after. Grid: any number of blocks; one or two a multiprocessor fill it.
+#include "common.cuh"
+#include "activation.cuh"
+
+#define SLICE (K / SPLIT / WARPS)
+#define CHUNKS (SLICE / CHUNK)
+#define STEPS (CHUNK / 32)
+#define ROW_BYTES (CHUNK * 2)
+// An odd number of 64-byte halves, so that neighbouring rows lie in different banks.
+#define ROW_STRIDE (ROW_BYTES % 128 == 64 ? ROW_BYTES : ROW_BYTES + 64)
+#define STAGE_BYTES (16 * ROW_STRIDE)
+#define THREADS (WARPS * 32)
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+DEVICE void barrier_init(u64* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
+}
+
+DEVICE void barrier_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+DEVICE void barrier_wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
+        "@!done bra again; }" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+DEVICE void bulk_copy(char* target, const T* source, u32 bytes, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(target)),
+        "l"(source), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// The weight row that is row `r` of a tile.
+DEVICE int weight_row(int tile, int r, int features) {
+#if GATED
+    return r < 8 ? tile * 8 + r : features / 2 + tile * 8 + r - 8;
+#else
+    return min(tile * 16 + r, features - 1);
+#endif
+}
+
+// A warp's ring of weights: slots are filled in the order in which they are used.
+struct Ring {
+    char* slots;
+    u64* barriers;
+    const T* weight;  // this warp's columns
+    int features, tiles, step;
+    int tile, chunk;  // the next to be copied
+    int slot;
+    u32 parity;
+
+    DEVICE void fill(int at) {
+        if (tile >= tiles) return;
+        const int lane = threadIdx.x % 32;
+        if (lane == 0) barrier_expect(barriers + at, 16 * ROW_BYTES);
+        __syncwarp();
+        if (lane < 16)
+            bulk_copy(slots + at * STAGE_BYTES + lane * ROW_STRIDE,
+                      weight + (size_t)weight_row(tile, lane, features) * K + chunk * CHUNK,
+                      ROW_BYTES, barriers + at);
+        if (++chunk == CHUNKS) chunk = 0, tile += step;
+    }
+    DEVICE const char* wait() {
+        barrier_wait(barriers + slot, parity);
+        return slots + slot * STAGE_BYTES;
+    }
+    DEVICE void next() {
+        __syncwarp();  // every lane has read the slot
+        fill(slot);
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+};
+
+// This lane's elements of x, in the layout of the second factor: row g, 8 elements of every 32.
+DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, int count,
+                   int first, float eps) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const T* row = rows + (size_t)g * K + first + t * 8;
+#pragma unroll
+    for (int i = 0; i < SLICE / 32; i++)
+        x[i] = g < count ? *(const uint4*)(row + 32 * i) : make_uint4(0, 0, 0, 0);
+#if NORM
+    __shared__ float sums[WARPS][8];
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < SLICE / 32; i++) {
+        const u32 words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            squares += low_half(words[j]) * low_half(words[j]) +
+                       high_half(words[j]) * high_half(words[j]);
+    }
+    squares += __shfl_xor_sync(FULL_WARP, squares, 1);
+    squares += __shfl_xor_sync(FULL_WARP, squares, 2);
+    if (t == 0) sums[threadIdx.x / 32][g] = squares;
+    __syncthreads();
+    squares = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) squares += sums[w][g];
+    const float scale = rsqrtf(squares / K + eps);
+    auto normed = [scale](u32 value, u32 weight) {
+        return packed(rounded(low_half(value) * scale) * low_half(weight),
+                      rounded(high_half(value) * scale) * high_half(weight));
+    };
+#pragma unroll
+    for (int i = 0; i < SLICE / 32; i++) {
+        const uint4 w = __ldg((const uint4*)(norm_weight + first + t * 8 + 32 * i));
+        x[i] = make_uint4(normed(x[i].x, w.x), normed(x[i].y, w.y), normed(x[i].z, w.z),
+                          normed(x[i].w, w.w));
+    }
+#endif
+}
+
+struct Output {
+    T* out;
+    const T* bias;
+    const T* residual;
+    int rows, features, stride;
+
+    // Stores element i of a tile's [16 features, 8 rows], given the sums at i and, where GATED, of
+    // the up feature that belongs to it.
+    DEVICE void store(int tile, int i, float sum, float up) const {
+        const int r = i / 8, row = i % 8;
+        if (row >= rows) return;
+#if GATED
+        const int feature = tile * 8 + r;
+#if BIAS
+        sum += to_float(bias[feature]);
+        up += to_float(bias[features / 2 + feature]);
+#endif
+        const float value = rounded(activation(rounded(sum))) * rounded(up);
+#else
+        const int feature = tile * 16 + r;
+        if (feature >= features) return;
+#if BIAS
+        sum += to_float(bias[feature]);
+#endif
+        float value = sum;
+#if RESIDUAL
+        value = rounded(value) + to_float(residual[(size_t)row * stride + feature]);
+#endif
+#endif
+        out[(size_t)row * stride + feature] = from_float(value);
+    }
+};
+
+#define OUTPUTS (GATED ? 64 : 128)  // elements of a tile that are stored
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+stream_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
+            const T* norm_weight, float* partial, int* counters, int rows, int features,
+            int out_stride, float eps) {
+    extern __shared__ __align__(128) char slots[];
+    __shared__ u64 barriers[WARPS * STAGES];
+    __shared__ float sums[2][WARPS][128];
+    let_next_start();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int groups = gridDim.x / SPLIT, group = blockIdx.x / SPLIT, part = blockIdx.x % SPLIT;
+    const int tiles = group >= groups ? 0 : GATED ? features / 16 : (features + 15) / 16;
+    const int first = part * (K / SPLIT) + warp * SLICE;
+    if (lane < STAGES) barrier_init(barriers + warp * STAGES + lane);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncwarp();
+    Ring ring{slots + warp * STAGES * STAGE_BYTES, barriers + warp * STAGES, weight + first,
+              features, tiles, groups, group, 0, 0, 0};
+    for (int i = 0; i < STAGES; i++) ring.fill(i);
+    wait_for_previous();
+    uint4 kept[SLICE / 32];
+    load_x(kept, x, norm_weight, rows, first, eps);
+    const Output output{out, bias, residual, rows, features, out_stride};
+    int buffer = 0;
+    for (int tile = group; tile < tiles; tile += groups) {
+        float acc[4][4] = {};
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+            const char* low = ring.wait() + g * ROW_STRIDE + t * 16;
+            const char* high = low + 8 * ROW_STRIDE;
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) {
+                const uint4 a = *(const uint4*)(low + 64 * s), b = *(const uint4*)(high + 64 * s);
+                const uint4 v = kept[c * STEPS + s];
+                mma(acc[s % 2 * 2], a.x, b.x, a.y, b.y, v.x, v.y);
+                mma(acc[s % 2 * 2 + 1], a.z, b.z, a.w, b.w, v.z, v.w);
+            }
+            ring.next();
+        }
+        float* mine = sums[buffer][warp];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            mine[(g + i / 2 * 8) * 8 + 2 * t + i % 2] =
+                acc[0][i] + acc[1][i] + acc[2][i] + acc[3][i];
+        __syncthreads();
+        for (int i = threadIdx.x; i < (SPLIT > 1 ? 128 : OUTPUTS); i += THREADS) {
+            float sum = 0, up = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                sum += sums[buffer][w][i];
+                if (GATED && SPLIT == 1) up += sums[buffer][w][i + 64];
+            }
+#if SPLIT > 1
+            __stcg(partial + ((size_t)part * tiles + tile) * 128 + i, sum);
+#else
+            output.store(tile, i, sum, up);
+#endif
+        }
+        buffer ^= 1;  // the sums just read are written again only after the next barrier
+    }
+#if SPLIT > 1
+    __shared__ int arrived;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0 && tiles) {
+        arrived = atomicAdd(counters + group, 1);
+        if (arrived == SPLIT - 1) counters[group] = 0;
+    }
+    __syncthreads();
+    if (!tiles || arrived != SPLIT - 1) return;
+    __threadfence();
+    const int own = (tiles - group + groups - 1) / groups;
+    for (int i = threadIdx.x; i < own * OUTPUTS; i += THREADS) {
+        const int tile = group + i / OUTPUTS * groups, at = i % OUTPUTS;
+        float sum = 0, up = 0;
+#pragma unroll
+        for (int p = 0; p < SPLIT; p++) {
+            const float* sums_of_part = partial + ((size_t)p * tiles + tile) * 128;
+            sum += __ldcg(sums_of_part + at);
+            if (GATED) up += __ldcg(sums_of_part + at + 64);
+        }
+        output.store(tile, at, sum, up);
+    }
+#endif
+}

@@ -1,0 +1,149 @@
+"""Executing launches on a GPU through the CUDA driver.
+
+A bound launch keeps its argument list in memory, prepared once: launching is one driver call. Sizes
+are read through pointers into one `Sizes` block, so a step sets them once for all launches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llmforge.errors import TargetError
+from llmforge.kernels.launch import DTYPE_BYTES, Double, Extent, Float, Launch, Operand, Size
+
+
+class DriverError(TargetError):
+    """A call of the CUDA driver failed."""
+
+
+def check(result: Any) -> Any:
+    """The values of a driver call (status, *values). Raises DriverError."""
+    status, *values = result
+    if int(status) != 0:
+        raise DriverError(
+            f"the CUDA driver failed with {status.name}; the kernels may have been compiled for "
+            "another GPU: build the engine again on this machine, or with its --arch"
+        )
+    return values[0] if values else None
+
+
+class Sizes:
+    """The step's sizes of symbolic dimensions, at fixed addresses."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._cells = {name: ctypes.c_int32(0) for name in names}
+
+    def set(self, name: str, value: int) -> None:
+        self._cells[name].value = value
+
+    def get(self, name: str) -> int:
+        return self._cells[name].value
+
+    def address(self, name: str) -> int:
+        return ctypes.addressof(self._cells[name])
+
+
+class Module:
+    """A loaded cubin, or PTX that the driver compiles now."""
+
+    def __init__(self, image: bytes, entry: str) -> None:
+        from cuda.bindings import driver
+
+        self._module = check(driver.cuModuleLoadData(image + b"\0"))
+        self.function = check(driver.cuModuleGetFunction(self._module, entry.encode()))
+        self._shared = 48 * 1024
+
+    def allow_shared(self, nbytes: int) -> None:
+        """Let launches use this much dynamic shared memory."""
+        from cuda.bindings import driver
+
+        if nbytes > self._shared:
+            name = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver.cuFuncSetAttribute(self.function, name, nbytes))
+            self._shared = nbytes
+
+
+class BoundLaunch:
+    """A launch with addresses: `address_of` gives that of each buffer. Call it with a stream."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        module: Module,
+        address_of: Callable[[str], int],
+        sizes: Sizes,
+        *,
+        overlap: bool,
+    ) -> None:
+        """overlap: start the blocks while the kernel before is still running (see
+        `let_next_start` in common.cuh); the GPU must have compute capability 9.0 or more."""
+        from cuda.bindings import driver
+
+        module.allow_shared(launch.shared_bytes)
+        self._sizes = sizes
+        self._function = module.function
+        self._keep: list[Any] = []
+        pointers = [self._pointer(a, address_of) for a in launch.arguments]
+        self._arguments = (ctypes.c_void_p * len(pointers))(*pointers)
+        self._arguments_address = ctypes.addressof(self._arguments)
+        self._grid = launch.grid
+        self._fixed = all(isinstance(extent, int) for extent in launch.grid)
+        config = driver.CUlaunchConfig()
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block, 1, 1
+        config.sharedMemBytes = launch.shared_bytes
+        if overlap:
+            attribute = driver.CUlaunchAttribute()
+            ids = driver.CUlaunchAttributeID
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        else:
+            config.numAttrs = 0
+        self._config = config
+        self._launch = driver.cuLaunchKernelEx
+        if self._fixed:
+            self._set_grid()
+
+    def __call__(self, stream: int) -> None:
+        if not self._fixed:
+            self._set_grid()
+        self._config.hStream = stream
+        check(self._launch(self._config, self._function, self._arguments_address, 0))
+
+    def _set_grid(self) -> None:
+        config = self._config
+        config.gridDimX, config.gridDimY, config.gridDimZ = map(self._extent, self._grid)
+
+    def _extent(self, extent: Extent) -> int:
+        if isinstance(extent, int):
+            return extent
+        return -(-self._sizes.get(extent.name) * extent.times // extent.per)
+
+    def _pointer(self, argument: Any, address_of: Callable[[str], int]) -> int:
+        """The address of the argument's value."""
+        if isinstance(argument, Size):
+            assert argument.times == argument.per == 1, "an argument is a plain size"
+            return self._sizes.address(argument.name)
+        cell: Any
+        if argument is None:
+            cell = ctypes.c_void_p(0)
+        elif isinstance(argument, Operand):
+            offset = argument.offset * DTYPE_BYTES[argument.dtype]
+            cell = ctypes.c_void_p(address_of(argument.buffer) + offset)
+        elif isinstance(argument, Float):
+            cell = ctypes.c_float(argument.value)
+        elif isinstance(argument, Double):
+            cell = ctypes.c_double(argument.value)
+        else:
+            cell = ctypes.c_int32(argument)
+        self._keep.append(cell)
+        return ctypes.addressof(cell)
+
+
+def load_modules(
+    images: Mapping[str, tuple[bytes, str]],
+) -> dict[str, Module]:
+    """Modules by kernel key, of (image, entry) by kernel key."""
+    return {key: Module(image, entry) for key, (image, entry) in images.items()}

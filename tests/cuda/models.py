@@ -1,0 +1,169 @@
+"""Tiny random models and the steps to drive them with, for comparing the cuda target with cpu."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmforge.checkpoint.config import ModelConfig, RopeConfig
+from llmforge.checkpoint.params import ParamSpec, parameters
+from llmforge.engine.step import Limits, SampleRow, SamplingParams, StepBatch
+from llmforge.model.graph import Graph, Parameter
+from llmforge.safetensors_io import NUMPY_DTYPES
+
+LIMITS = Limits(max_batch_size=4, max_seq_len=160, max_num_tokens=128, block_size=16, num_blocks=40)
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """A small llama; `changes` are fields of ModelConfig, `rope` fields of RopeConfig."""
+    layers = changes.get("num_layers", 2)
+    head_dim = changes.get("head_dim", 32)
+    rope = {"theta": 10000.0, "dim": head_dim, **changes.pop("rope", {})}
+    window = changes.pop("window", None)
+    fields: dict[str, Any] = {
+        "family": "llama",
+        "dtype": "float32",
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_layers": layers,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": head_dim,
+        "intermediate_size": 96,
+        "max_position": 256,
+        "norm_eps": 1e-5,
+        "sliding_window": (window,) * layers,
+    }
+    return ModelConfig(**{**fields, **changes}, rope=RopeConfig(**rope))
+
+
+MODELS = {
+    "llama": tiny(),
+    "llama-tied": tiny(tied_embeddings=True),
+    "mistral-window": tiny(window=13),
+    "qwen2-biases": tiny(qkv_bias=True, tied_embeddings=True),
+    "qwen3-qk-norm": tiny(qk_norm=True, head_dim=48),
+    "all-biases": tiny(qkv_bias=True, attention_output_bias=True, mlp_bias=True, qk_norm=True),
+    "odd-sizes": tiny(
+        hidden_size=36, head_dim=6, num_heads=3, num_kv_heads=1, intermediate_size=50
+    ),
+    "head-dim-80": tiny(head_dim=80, num_heads=7, num_kv_heads=1),
+    "head-dim-128": tiny(head_dim=128, num_heads=8, num_kv_heads=2, window=40),
+    "head-dim-256": tiny(head_dim=256, num_heads=2, num_kv_heads=1),
+    "multi-head": tiny(num_kv_heads=4, head_dim=64, activation="gelu_tanh"),
+    "partial-rope": tiny(rope={"dim": 16}, activation="gelu"),
+    "dynamic-rope": tiny(
+        rope={"scaling": "dynamic", "factor": 4.0, "original_max_position": 24}, activation="relu"
+    ),
+    "yarn": tiny(
+        rope={
+            "scaling": "yarn", "factor": 4.0, "original_max_position": 64, "attention_factor": 1.1,
+        }
+    ),
+    # Shapes that the streaming products take in two-byte types.
+    "wide": tiny(
+        hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=2, head_dim=64,
+        vocab_size=1000,
+    ),
+    "wide-biases": tiny(
+        hidden_size=512, intermediate_size=768, num_heads=8, num_kv_heads=4, head_dim=64,
+        vocab_size=1024, qkv_bias=True, mlp_bias=True, attention_output_bias=True, qk_norm=True,
+    ),
+}  # fmt: skip
+
+
+def of_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    return dataclasses.replace(config, dtype=dtype)
+
+
+class RandomWeights:
+    """`Weights` drawn with the spread that params.py gives, from a seed."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        dtype = NUMPY_DTYPES[config.dtype]
+
+        def draw(spec: ParamSpec) -> Any:
+            return (spec.init_mean + spec.init_std * rng.standard_normal(spec.shape)).astype(dtype)
+
+        self.values = {spec.name: draw(spec) for spec in parameters(config).values()}
+
+    def read(self, parameter: Parameter) -> Any:
+        return np.concatenate([self.values[name] for name in parameter.parts])
+
+
+def compile_into(target: Any, graph: Graph, weights: Any, limits: Limits, out: Path) -> Path:
+    out.mkdir(parents=True)
+    target.compile(graph, weights, limits, out)
+    return out
+
+
+class Driver:
+    """Makes the steps of a few sequences: prompts cut into chunks, then one token at a time."""
+
+    def __init__(self, limits: Limits, vocab: int, seed: int, prompts: tuple[int, ...]) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.limits = limits
+        self.tokens = [self.rng.integers(vocab, size=n).astype(np.int32) for n in prompts]
+        self.prompts = prompts
+        self.computed = [0] * len(prompts)
+        blocks = self.rng.permutation(limits.num_blocks).astype(np.int32)
+        width = limits.max_blocks_per_seq
+        self.tables = [blocks[i * 8 : i * 8 + min(width, 8)] for i in range(len(prompts))]
+
+    def batch(self, chunks: list[int], params: SamplingParams | None = None) -> StepBatch:
+        """The next `chunks[i]` tokens of sequence i (0: it is not in the step)."""
+        chosen = [i for i, count in enumerate(chunks) if count]
+        ids, positions, starts, kv_lens = [], [], [0], []
+        for i in chosen:
+            begin = self.computed[i]
+            end = begin + chunks[i]
+            ids.append(self.tokens[i][begin:end])
+            positions.append(np.arange(begin, end, dtype=np.int32))
+            starts.append(starts[-1] + chunks[i])
+            kv_lens.append(end)
+            self.computed[i] = end
+        wanted = [k for k, i in enumerate(chosen) if self.computed[i] == len(self.tokens[i])]
+        width = max(-(-n // self.limits.block_size) for n in kv_lens)
+        rows = tuple(
+            SampleRow(params, len(self.tokens[chosen[k]]), self.tokens[chosen[k]]) for k in wanted
+        ) if params else ()  # fmt: skip
+        return StepBatch(
+            token_ids=np.concatenate(ids),
+            positions=np.concatenate(positions),
+            query_starts=np.array(starts, np.int32),
+            kv_lens=np.array(kv_lens, np.int32),
+            block_table=np.stack([self.tables[i][:width] for i in chosen]),
+            prompt_lens=np.array([self.prompts[i] for i in chosen], np.int32),
+            logit_rows=np.array([starts[k + 1] - 1 for k in wanted], np.int32),
+            sampling=rows,
+        )
+
+    def append(self, tokens: list[int], sequences: list[int]) -> None:
+        for sequence, token in zip(sequences, tokens, strict=True):
+            grown = np.append(self.tokens[sequence], np.int32(token))
+            self.tokens[sequence] = grown
+
+
+def steps(driver: Driver, decode_steps: int) -> Iterator[StepBatch]:
+    """Chunked prefill of three prompts, with a decode step of the first among them, then decode."""
+    first, second, third = driver.prompts
+    yield driver.batch([first, second // 2, 0])
+    driver.append([int(driver.rng.integers(300))], [0])
+    yield driver.batch([1, second - second // 2, third])
+    driver.append([int(driver.rng.integers(300)) for _ in range(3)], [0, 1, 2])
+    for _ in range(decode_steps):
+        yield driver.batch([1, 1, 1])
+        driver.append([int(driver.rng.integers(300)) for _ in range(3)], [0, 1, 2])
+
+
+def tolerance(config: ModelConfig, expected: Any) -> float:
+    """What rounding explains, by the runtime's own derivation."""
+    from llmforge.runtime.verify import logit_tolerance
+
+    return logit_tolerance(config, math.sqrt(float(np.mean(np.square(expected)))))

@@ -1,0 +1,107 @@
+"""Whole tiny models on the GPU beside the cpu target."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from models import LIMITS, MODELS, Driver, RandomWeights, compile_into, of_dtype, steps, tolerance
+
+from llmforge.comm import LocalComm
+from llmforge.engine.cpu.target import CpuTarget
+from llmforge.engine.cuda.target import CudaTarget
+from llmforge.engine.step import SamplingParams
+from llmforge.model.decoder import trace
+from llmforge.parallel import Topology
+from llmforge.runtime.sampling import sample
+
+pytestmark = pytest.mark.gpu
+
+
+def both(config, tmp_path, seed=0):
+    """The model's executables for cpu and cuda."""
+    weights = RandomWeights(config, seed)
+    loaded = []
+    for target in (CpuTarget(), CudaTarget()):
+        graph = target.prepare(trace(config, Topology(), 0))
+        out = compile_into(target, graph, weights, LIMITS, tmp_path / target.name)
+        loaded.append(target.load(out, Topology(), LIMITS, LocalComm()))
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(name, dtype, tmp_path):
+    config = of_dtype(MODELS[name], dtype)
+    cpu, cuda = both(config, tmp_path)
+    driver = Driver(LIMITS, config.vocab_size, seed=1, prompts=(5, 33, 70))
+    for batch in steps(driver, decode_steps=6):
+        cuda.memory.arena.fill_(255)  # NaN in every dtype: what is not written is seen
+        expected, got = cpu.step(batch).logits, cuda.step(batch).logits
+        bound = tolerance(config, expected)
+        worst = np.abs(got - expected).max()
+        assert np.isfinite(got).all() and worst <= bound, (worst, bound)
+        if dtype == "float32":
+            assert (got.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_equal_in_float32(name, tmp_path):
+    config = MODELS[name]
+    cpu, cuda = both(config, tmp_path, seed=3)
+    drivers = [Driver(LIMITS, config.vocab_size, seed=2, prompts=(40, 7, 21)) for _ in range(2)]
+    chunks = [40, 7, 21]
+    for _ in range(20):
+        greedy = SamplingParams()
+        cpu_batch, cuda_batch = (d.batch(chunks, greedy) for d in drivers)
+        expected = sample(cpu.step(cpu_batch).logits, cpu_batch.sampling).tolist()
+        got = cuda.step(cuda_batch).tokens.tolist()
+        assert got == expected
+        for driver in drivers:
+            driver.append(expected, [0, 1, 2])
+        chunks = [1, 1, 1]
+
+
+SAMPLINGS = {
+    "plain": SamplingParams(temperature=1.0, seed=7),
+    "hot": SamplingParams(temperature=3.0, seed=2**40 + 3),
+    "top-k": SamplingParams(temperature=0.8, top_k=20, seed=1),
+    "top-p": SamplingParams(temperature=1.2, top_p=0.7, seed=2),
+    "min-p": SamplingParams(temperature=1.5, min_p=0.2, seed=3),
+    "penalty": SamplingParams(repetition_penalty=1.4, temperature=0.0),
+    "all": SamplingParams(1.3, 0.9, 40, 0.9, 0.02, 11),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_sampling_draws_as_the_runtime_does(sampling, tmp_path):
+    config = of_dtype(MODELS["wide"], "bfloat16")
+    _, cuda = both(config, tmp_path, seed=4)
+    driver = Driver(LIMITS, config.vocab_size, seed=5, prompts=(30, 9, 60))
+    chunks = [30, 9, 60]
+    for _ in range(40):
+        batch = driver.batch(chunks, SAMPLINGS[sampling])
+        tokens = cuda.step(batch).tokens
+        cuda_logits = cuda.last_logits(len(tokens))
+        assert tokens.tolist() == sample(cuda_logits, batch.sampling).tolist()
+        driver.append(tokens.tolist(), [0, 1, 2])
+        chunks = [1, 1, 1]
+
+
+def test_ties_and_equal_logits(tmp_path):
+    """All weights of the head equal: every logit is the same, so only ids break ties."""
+    config = of_dtype(MODELS["llama"], "bfloat16")
+    weights = RandomWeights(config, 0)
+    weights.values["head.weight"][:] = weights.values["head.weight"][0]
+    target = CudaTarget()
+    graph = target.prepare(trace(config, Topology(), 0))
+    out = compile_into(target, graph, weights, LIMITS, tmp_path / "engine")
+    cuda = target.load(out, Topology(), LIMITS, LocalComm())
+    for params in (
+        SamplingParams(),
+        SamplingParams(temperature=1.0, top_p=0.25, seed=5),
+        SamplingParams(temperature=1.0, top_k=3, top_p=0.5, seed=6),
+    ):
+        driver = Driver(LIMITS, config.vocab_size, seed=5, prompts=(3, 4, 5))
+        batch = driver.batch([3, 4, 5], params)
+        tokens = cuda.step(batch).tokens
+        assert tokens.tolist() == sample(cuda.last_logits(3), batch.sampling).tolist()
