@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("bench")
-@click.argument("engine", type=PATH, required=False, metavar="ENGINE")
+@click.argument("engine", type=PATH, required=False, metavar="[ENGINE]")
 @config_option
 @settings_options(BenchSettings)
 def command(engine: Path | None, config_file: Path | None, **options: Any) -> int:

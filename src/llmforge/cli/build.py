@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command("build")
-@click.argument("checkpoint", type=PATH, required=False, metavar="CKPT")
+@click.argument("checkpoint", type=PATH, required=False, metavar="[CKPT]")
 @click.option(
     "-o",
     "--output",
@@ -67,9 +68,13 @@ def command(
 
 
 def _print_plan(plans: Sequence[MemoryPlan]) -> None:
-    from llmforge.cli.console import print_status_table
+    from llmforge.cli.console import print_table
     from llmforge.cli.stages import MEMORY_COLUMNS, memory_rows
 
-    print_status_table(
-        "Memory of each rank", MEMORY_COLUMNS, memory_rows(plans), right=(1, 2, 3, 4)
+    print_table(
+        "Memory of each rank",
+        MEMORY_COLUMNS,
+        memory_rows(plans),
+        right=(1, 2, 3, 4),
+        file=sys.stderr,
     )

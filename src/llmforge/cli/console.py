@@ -10,19 +10,18 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from llmforge.cli.launch import current_job, is_speaker
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
     from llmforge.artifact import Progress
 
 # Tables are as wide as they need to be where nobody's terminal limits them.
-_PIPED_WIDTH = 250
+_PIPED_WIDTH = 1000
 
 
 def status(message: str) -> None:
@@ -34,31 +33,17 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
 
 
-def stdout_console() -> Console:
-    from rich.console import Console
-
-    # mpirun gives ranks a pseudo-terminal as stdout, wherever their output really goes.
-    terminal = sys.stdout.isatty() and current_job() is None
-    return Console(
-        force_terminal=terminal,
-        width=None if terminal else _PIPED_WIDTH,
-        highlight=False,
-        soft_wrap=not terminal,
-        emoji=False,
-        markup=False,
-    )
-
-
 def print_table(
     title: str,
     columns: Sequence[str],
     rows: Iterable[Sequence[Any]],
     *,
     right: Sequence[int] = (),
-    console: Console | None = None,
+    file: TextIO | None = None,
 ) -> None:
-    """A table on stdout (or `console`). Columns whose numbers are in `right` are aligned there."""
+    """A table on stdout (or `file`). Columns whose numbers are in `right` are aligned there."""
     from rich import box
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -76,18 +61,16 @@ def print_table(
         )
     for row in rows:
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    (console or stdout_console()).print(table)
-
-
-def print_status_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[int] = ()
-) -> None:
-    """A table on stderr: what a command is about to do."""
-    from rich.console import Console
-
-    terminal = sys.stderr.isatty()
-    console = Console(stderr=True, width=None if terminal else _PIPED_WIDTH, highlight=False)
-    print_table(title, columns, rows, right=right, console=console)
+    file = file or sys.stdout
+    # mpirun gives ranks a pseudo-terminal as stdout, wherever their output really goes.
+    if file.isatty() and current_job() is None:
+        Console(file=file).print(table)
+        return
+    console = Console(width=_PIPED_WIDTH, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    lines = (line.rstrip() for line in capture.get().splitlines())
+    print("\n".join(lines), file=file, flush=True)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from llmforge.errors import SettingsError
 if TYPE_CHECKING:
     from llmforge.checkpoint.store import Checkpoint
     from llmforge.engine.store import Engine
-    from llmforge.model.graph import Graph, Node
+    from llmforge.model.graph import Graph, Node, Parameter
 
 # The graph that a target's `compile` leaves in a rank's directory.
 _GRAPH_FILE = "graph.json"
@@ -146,10 +146,7 @@ def _print_graph(graph: Graph, title: str) -> None:
         ("tensor", "kind", "shape", "dtype"),
         [
             *((t.name, kind, _shape(t.shape), t.dtype) for t, kind in tensors),
-            *(
-                (p.name, _origin(p.name, p.parts), _shape(p.shape), p.dtype)
-                for p in graph.parameters
-            ),
+            *((p.name, _origin(p), _shape(p.shape), p.dtype) for p in graph.parameters),
         ],
     )
     print_table(
@@ -161,8 +158,10 @@ def _print_graph(graph: Graph, title: str) -> None:
     print(f"outputs: {', '.join(_typed(graph, name) for name in graph.outputs)}", flush=True)
 
 
-def _origin(name: str, parts: tuple[str, ...]) -> str:
-    return "parameter" if parts == (name,) else f"parameter of {', '.join(parts)}"
+def _origin(parameter: Parameter) -> str:
+    if parameter.parts == (parameter.name,):
+        return "parameter"
+    return f"parameter of {', '.join(parameter.parts)}"
 
 
 def _node_row(graph: Graph, node: Node) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def _help(known: dataclasses.Field[Any]) -> str:
     if default is dataclasses.MISSING:
         assert known.default_factory is not dataclasses.MISSING
         default = " ".join(map(str, known.default_factory()))
-    if default in (None, "", False):
+    if default is None or default is False or default == "":
         return text
     return f"{text} Default: {default}."
 

@@ -30,6 +30,7 @@ _NOISE = re.compile(r"^\[[\w.-]+:\d+\] |^Abort is in progress")
 _KILLED = re.compile(r"rank (\d+) .*?exited on signal (\d+)")
 _EXITED = re.compile(r"Process name: \[[^\]]*,(\d+)\] Exit code: (\d+)")
 _PR_SET_PDEATHSIG = 1
+_SHOWN_LENGTH = 200
 
 
 def run_ranks(world_size: int, work: Work, *, stdin: bytes | None = None) -> int:
@@ -74,7 +75,18 @@ def _ranks(count: int) -> str:
 
 def _command_shown(world_size: int) -> str:
     command = ["llmforge", *sys.argv[1:]]
-    return shlex.join(command if world_size == 1 else ["mpirun", "-n", str(world_size), *command])
+    if world_size > 1:
+        command = ["mpirun", "-n", str(world_size), *command]
+    return " ".join(map(_quoted, command))
+
+
+def _quoted(argument: str) -> str:
+    """The argument for a shell, in one line; cut where it would fill the screen."""
+    if len(argument) > _SHOWN_LENGTH:
+        argument = f"{argument[:_SHOWN_LENGTH]}..."
+    if argument.isprintable():
+        return shlex.quote(argument)
+    return "$'" + argument.encode("unicode_escape").decode().replace("'", r"\'") + "'"
 
 
 # --- starting mpirun

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command("run")
-@click.argument("engine", type=PATH, required=False, metavar="ENGINE")
+@click.argument("engine", type=PATH, required=False, metavar="[ENGINE]")
 @config_option
 @settings_options(RunSettings)
 def command(engine: Path | None, config_file: Path | None, **options: Any) -> int:

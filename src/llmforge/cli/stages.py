@@ -41,7 +41,7 @@ def open_engine(path: Path | None, default: Path | None, config_file: Path | Non
 
 
 def kind_of(directory: Path) -> str:
-    """Of which stage the directory is: checkpoint or engine. Raises StoreError where the directory is neither."""
+    """What the directory holds: checkpoint or engine. Raises StoreError where it is neither."""
     for kind, (manifest, _) in _MANIFESTS.items():
         if (directory / manifest).is_file():
             return kind

@@ -114,6 +114,11 @@ def supported_archs() -> tuple[str, ...]:
     return tuple(f"sm_{arch}" for arch in archs[:count])
 
 
+def arch_number(arch: str) -> int:
+    """90 for "sm_90", "sm_90a" and "compute_90"."""
+    return int(re.sub("[^0-9]", "", arch))
+
+
 def compile_kernel(spec: KernelSpec, arch: str, cache: Path | None = None) -> Compiled:
     """The kernel for `arch`: "sm_90" gives a cubin, "compute_80" PTX that the driver of any later
     GPU compiles when it is loaded. `cache`: a directory to keep results in; None: keep nothing.

@@ -8,7 +8,7 @@ Either way the host waits once a step.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,21 @@ from llmforge.engine.cuda.weights import load_weights
 from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits, StepBatch, StepResult
 from llmforge.errors import RequestError, StoreError
+from llmforge.kernels.compile import arch_number
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
-from llmforge.kernels.launch import Launch, Operand, split_scratch_sizes
+from llmforge.kernels.launch import (
+    Launch,
+    Operand,
+    split_scratch_sizes,
+    stream_plan,
+    stream_scratch_floats,
+)
 from llmforge.model.graph import Graph
 from llmforge.model.reference import DTYPES
 
 Tensor = torch.Tensor
 Call = Callable[[int], None]
-SIZES = ("tokens", "sequences", "rows", "longest_query")
+SIZES = ("tokens", "sequences", "rows", "longest_query", "processors")
 STEP_ARRAYS = (
     "token_ids", "positions", "query_starts", "kv_lens", "prompt_lens", "logit_rows",
 )  # fmt: skip
@@ -52,9 +59,11 @@ class CudaExecutable:
         graph: Graph,
         weights: Mapping[str, Tensor],
         modules: Mapping[str, Module],
+        arch: str,
         limits: Limits,
     ) -> None:
-        """`weights` are the graph's parameters on the current device, `modules` its kernels."""
+        """`weights` are the graph's parameters on the current device, `modules` its kernels for
+        `arch`."""
         self.limits = limits
         self.graph = graph
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -63,8 +72,10 @@ class CudaExecutable:
         self._modules = modules
         self._stream = torch.cuda.Stream(self.device)
         self.sizes = Sizes(SIZES)
+        properties = torch.cuda.get_device_properties(self.device)
+        self.sizes.set("processors", properties.multi_processor_count)
         self._last: _Runner
-        self.memory = _Memory(graph, limits, weights, programs(graph, limits), self.device)
+        self.memory = _Memory(graph, limits, weights, programs(graph, limits, arch), self.device)
         with torch.cuda.stream(self._stream):
             self._general, *decodes = (_Runner(program, self) for program in self.memory.programs)
             self._decodes = {runner.program.shape.sequences: runner for runner in decodes}
@@ -77,8 +88,9 @@ class CudaExecutable:
         """The engine in a rank's directory. Raises StoreError where a file of it is corrupt."""
         device = torch.device("cuda", torch.cuda.current_device())
         graph = _read_graph(directory / GRAPH_FILE)
-        modules = _load_modules(directory, device)
-        return cls(graph, load_weights(directory / WEIGHTS_FILE, graph, device), modules, limits)
+        modules, arch = _load_modules(directory, device)
+        weights = load_weights(directory / WEIGHTS_FILE, graph, device)
+        return cls(graph, weights, modules, arch, limits)
 
     def step(self, batch: StepBatch) -> StepResult:
         """Tokens where `batch` says how to sample, else logits."""
@@ -110,6 +122,21 @@ class CudaExecutable:
             self._stream.synchronize()
             rows = {"tokens": batch.num_tokens, "rows": len(batch.logit_rows)}
             return {name: runner.tensor(name, rows).clone() for name in names}
+
+    def time_decode(self, batch: StepBatch, repeat: int) -> float:
+        """Seconds of device time that a decode step takes: the median of `repeat`."""
+        graph = self._runner_of(batch).graph
+        assert graph is not None, "only decode steps are graphs"
+        times = []
+        with torch.cuda.stream(self._stream):
+            for _ in range(repeat):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                stop.record()
+                stop.synchronize()
+                times.append(start.elapsed_time(stop) / 1e3)
+        return sorted(times)[repeat // 2]
 
     def instructions(self, batch: StepBatch) -> tuple[Instruction, ...]:
         """What `run` would execute for this batch."""
@@ -180,6 +207,9 @@ class _Memory:
         shapes = {
             "scratch.partial": (partial, torch.float32),
             "scratch.counters": (counters, torch.int32),
+            "scratch.sums": (_stream_scratch(graph), torch.float32),
+            # One a group of blocks that share a product; there is at most one block a processor.
+            "scratch.arrived": (1024, torch.int32),
             "sample.tokens": (2 * batch, torch.int32),
             "sample.history": (batch * limits.max_seq_len, torch.int32),
             "sample.seen": (batch * -(-vocab // 32), torch.int32),
@@ -255,7 +285,7 @@ class _Runner:
         self._sizes = owner.sizes
         self._calls = [owner.bind(i, program) for i in program.instructions]
         self._sample = owner.bind_launch(sampling_launch(program), program)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         layout = program.layout
         self._host = self._memory.step_host[: layout.nbytes]
         self._device = self._memory.step_device[: layout.nbytes]
@@ -263,16 +293,16 @@ class _Runner:
 
     def run(self, batch: StepBatch) -> None:
         """Compute the step and draw its tokens."""
-        if self._graph is None:
+        if self.graph is None:
             self._fill(batch)
             self._launch_all()
             return
         self._fill_decode(batch)
-        self._graph.replay()
+        self.graph.replay()
 
     def run_eagerly(self, batch: StepBatch, stop_after: int | None) -> tuple[str, ...]:
         """Compute the step up to an instruction; the names of what it computed."""
-        (self._fill if self._graph is None else self._fill_decode)(batch)
+        (self._fill if self.graph is None else self._fill_decode)(batch)
         self._launch_all(stop_after)
         if stop_after is None:
             return self.program.outputs
@@ -290,7 +320,7 @@ class _Runner:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             self._launch_all()
-        self._graph = graph
+        self.graph = graph
 
     def outputs(self, rows: int) -> list[Tensor]:
         """The graph's outputs of the last step."""
@@ -394,6 +424,20 @@ def _split_scratch(graph: Graph, all_programs: list[Program]) -> tuple[int, int]
     return partial, counters
 
 
+def _stream_scratch(graph: Graph) -> int:
+    """Elements of the scratch for products that several blocks share."""
+    most = 1
+    for node in graph.nodes:
+        if node.op == "linear":
+            weight = graph.tensors[node.inputs[1]]
+            features, k = weight.shape
+            assert isinstance(features, int) and isinstance(k, int)
+            plan = stream_plan(weight.dtype, k)
+            if plan and plan.split > 1:
+                most = max(most, stream_scratch_floats(features, plan.split))
+    return most
+
+
 def _read_graph(path: Path) -> Graph:
     try:
         return Graph.from_json(path.read_text())
@@ -403,16 +447,17 @@ def _read_graph(path: Path) -> Graph:
         ) from error
 
 
-def _load_modules(directory: Path, device: torch.device) -> dict[str, Module]:
-    """The engine's kernels for this GPU, by key."""
+def _load_modules(directory: Path, device: torch.device) -> tuple[dict[str, Module], str]:
+    """The engine's kernels for this GPU, by key, and the architecture that they are for."""
     torch.zeros(1, device=device)  # makes the context that modules are loaded into
     try:
-        plan = json.loads((directory / PLAN_FILE).read_text())
-        arch = best_arch(plan["archs"], torch.cuda.get_device_capability(device))
+        kernels = json.loads((directory / PLAN_FILE).read_text())["kernels"]
+        arch = best_arch(list(kernels), torch.cuda.get_device_capability(device))
+        images = directory / KERNELS
         return {
-            key: Module((directory / KERNELS / image_name(key, arch)).read_bytes(), kernel["entry"])
-            for key, kernel in plan["kernels"].items()
-        }
+            key: Module((images / image_name(key, arch)).read_bytes(), entry)
+            for key, entry in kernels[arch].items()
+        }, arch
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{directory / PLAN_FILE} or a kernel beside it is corrupt ({error}); "
@@ -420,14 +465,15 @@ def _load_modules(directory: Path, device: torch.device) -> dict[str, Module]:
         ) from error
 
 
-def best_arch(archs: list[str], capability: tuple[int, int]) -> str:
+def best_arch(archs: Sequence[str], capability: tuple[int, int]) -> str:
     """Of an engine's architectures, the best for a GPU of this capability: cubins run on GPUs of
     the same major and the same or a later minor version; PTX on any later one."""
     major, minor = capability
-    fitting = []
-    for arch in archs:
-        number = int(arch.removeprefix("sm_").removesuffix("a"))
-        wanted = number == 10 * major + minor if arch.endswith("a") else number % 10 <= minor
-        if number // 10 == major and wanted:
-            fitting.append((number, arch))
-    return max(fitting)[1] if fitting else PTX_ARCH
+    fitting = [
+        arch
+        for arch in archs
+        if arch.startswith("sm_")
+        and arch_number(arch) // 10 == major
+        and (arch_number(arch) % 10 == minor or (arch_number(arch) % 10 < minor and arch[-1] != "a"))
+    ]
+    return max(fitting, key=lambda arch: (arch_number(arch), arch)) if fitting else PTX_ARCH

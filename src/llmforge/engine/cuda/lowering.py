@@ -33,6 +33,15 @@ MAX_SPLITS = 32
 _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
 
 
+@dataclass(frozen=True)
+class DeferredNorm:
+    """A normed tensor that is not in memory: the products that read it compute it on the way in."""
+
+    x: Operand
+    weight: Operand
+    eps: float
+
+
 class Lowering:
     """The program of one graph and step shape in the making."""
 
@@ -45,6 +54,7 @@ class Lowering:
         self.parameters = {p.name for p in graph.parameters}
         self.operands: dict[str, Operand] = {}
         self.constants: dict[str, tuple[float, ...]] = {}
+        self.deferred: dict[str, DeferredNorm] = {}
         self._instructions: list[Instruction] = []
         self._buffers: dict[str, int] = {}
         self._sizes = largest_step(limits) | {
@@ -189,10 +199,8 @@ def _qkv_attention(low: Lowering, index: int) -> int:
         return 0
     bias = None
     if found.linear:
-        x, weight, bias_name = (low.operand(name) for name in found.linear.inputs)
-        product = low.new(found.linear.outputs[0])
-        bias = bias_name
-        low.emit(Matmul(x, weight, None, product))
+        _product(low, found.linear, low.new(found.linear.outputs[0]), bias=None)
+        bias = low.operand(found.linear.inputs[2])
     LOWERINGS["split"](low, found.split)
     q, k, v = (low.operand(name) for name in found.split.outputs)
     norms = [low.operand(n.inputs[1]) for n in found.norms]
@@ -216,8 +224,110 @@ def _qkv_attention(low: Lowering, index: int) -> int:
     return found.count
 
 
-PATTERNS: tuple[Callable[[Lowering, int], int], ...] = (_qkv_attention,)
+def _streams(low: Lowering, node: Node) -> bool:
+    """Whether a linear node is one for stream_gemm.cu in this program."""
+    weight = low.operand(node.inputs[1])
+    plan = kernels.stream_plan(weight.dtype, weight.features)
+    few = low.shape.decode and low.shape.tokens <= kernels.STREAM_ROWS
+    if plan is None or not few or not low.shape.bulk_copies:
+        return False
+    return node.inputs[0] not in low.deferred or plan.split == 1
+
+
+def _linear_gated(low: Lowering, index: int) -> int:
+    """gate and up in one streamed product, which also applies the activation."""
+    nodes = low.graph.nodes[index : index + 3]
+    if [n.op for n in nodes] != ["linear", "split", "gated_activation"]:
+        return 0
+    linear, split, gated = nodes
+    gate_up = linear.outputs[0]
+    chained = split.inputs == (gate_up,) and gated.inputs == split.outputs
+    if not chained or not all(low.only_reader(name) for name in (gate_up, *split.outputs)):
+        return 0
+    features = low.graph.tensors[gate_up].shape[-1]
+    whole_tiles = isinstance(features, int) and features % 16 == 0
+    if not whole_tiles or len(set(split.attrs["sizes"])) != 1 or not _streams(low, linear):
+        return 0
+    out = low.new(gated.outputs[0])
+    bias = low.operand(linear.inputs[2]) if linear.inputs[2] else None
+    _product(low, linear, out, bias=bias, activation=gated.attrs["activation"])
+    return 3
+
+
+def _linear_add(low: Lowering, index: int) -> int:
+    """A streamed product that adds the residual; the norm behind the sum is left to its readers."""
+    nodes = low.graph.nodes[index : index + 2]
+    if nodes[0].op != "linear" or len(nodes) < 2 or nodes[1].op not in ("add", "add_rms_norm"):
+        return 0
+    linear, added = nodes
+    product, pair = linear.outputs[0], added.inputs[:2]
+    if product not in pair or pair[0] == pair[1] or not low.only_reader(product):
+        return 0
+    residual = low.operands.get(pair[0] if pair[1] == product else pair[1])
+    if residual is None or len(residual.shape) != 2 or not _streams(low, linear):
+        return 0
+    if not residual.contiguous:
+        return 0
+    bias = low.operand(linear.inputs[2]) if linear.inputs[2] else None
+    total = low.new(added.outputs[0])
+    _product(low, linear, total, bias=bias, residual=residual)
+    if added.op == "add_rms_norm":
+        _norm(low, added.outputs[1], total, low.operand(added.inputs[2]), added.attrs["eps"])
+    return 2
+
+
+PATTERNS: tuple[Callable[[Lowering, int], int], ...] = (
+    _qkv_attention,
+    _linear_gated,
+    _linear_add,
+)
 """Each returns how many nodes it has lowered, from `index` on; 0 where it does not apply."""
+
+
+def _product(
+    low: Lowering,
+    linear: Node,
+    out: Operand,
+    *,
+    bias: Operand | None,
+    residual: Operand | None = None,
+    activation: str | None = None,
+) -> None:
+    """The product of a linear node, with what is fused behind it, by the kernel that suits."""
+    x_name, weight = linear.inputs[0], low.operand(linear.inputs[1])
+    computed = out.buffer.removeprefix("arena.")
+    if not _streams(low, linear):
+        assert residual is None and activation is None, "only streamed products fuse these"
+        low.emit(Matmul(low.operand(x_name), weight, bias, out), computed)
+        return
+    norm = low.deferred.get(x_name)
+    scratch = kernels.StreamScratch(
+        Operand("scratch.sums", (1,), "float32", 1), Operand("scratch.arrived", (1,), "int32", 1)
+    )
+    call = kernels.stream_gemm(
+        out,
+        norm.x if norm else low.operand(x_name),
+        weight,
+        scratch,
+        bias=bias,
+        residual=residual,
+        norm_weight=norm.weight if norm else None,
+        eps=norm.eps if norm else 0.0,
+        activation=activation,
+    )
+    low.emit(call, computed)
+
+
+def _norm(low: Lowering, name: str, x: Operand, weight: Operand, eps: float) -> None:
+    """The RMSNorm `name` of x, left to its readers where all of them can compute it."""
+    readers = low.readers.get(name, [])
+    plan = kernels.stream_plan(x.dtype, x.features)
+    whole = weight.features == x.features and x.contiguous and name not in low.graph.outputs
+    streamed = all(n.op == "linear" and _streams(low, n) for n in readers)
+    if whole and streamed and plan and plan.split == 1:
+        low.deferred[name] = DeferredNorm(x, weight, eps)
+        return
+    low.emit(kernels.rms_norm(low.new(name), x, weight, eps=eps), name)
 
 
 # -- one node --------------------------------------------------------------------------------------
@@ -230,9 +340,8 @@ def _embed(low: Lowering, node: Node) -> None:
 
 
 def _linear(low: Lowering, node: Node) -> None:
-    x, weight = (low.operand(name) for name in node.inputs[:2])
     bias = low.operand(node.inputs[2]) if node.inputs[2] else None
-    low.emit(Matmul(x, weight, bias, low.new(node.outputs[0])), node.outputs[0])
+    _product(low, node, low.new(node.outputs[0]), bias=bias)
 
 
 def _split(low: Lowering, node: Node) -> None:
@@ -245,8 +354,7 @@ def _split(low: Lowering, node: Node) -> None:
 
 def _rms_norm(low: Lowering, node: Node) -> None:
     x, weight = (low.operand(name) for name in node.inputs)
-    out = low.new(node.outputs[0])
-    low.emit(kernels.rms_norm(out, x, weight, eps=node.attrs["eps"]), node.outputs[0])
+    _norm(low, node.outputs[0], x, weight, node.attrs["eps"])
 
 
 def _add(low: Lowering, node: Node) -> None:

@@ -19,11 +19,13 @@ ALIGNMENT = 256  # bytes; what cudaMalloc gives, and more than any load needs
 @dataclass(frozen=True)
 class StepShape:
     """What a program is for: steps of at most `tokens` and `sequences`. decode: each sequence has
-    exactly one token, and the next token of each is wanted."""
+    exactly one token, and the next token of each is wanted. bulk_copies: the GPU has them
+    (compute capability 9.0 or more), so few rows may be multiplied by stream_gemm.cu."""
 
     tokens: int
     sequences: int
     decode: bool
+    bulk_copies: bool = False
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,9 @@ class CudaTarget:
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())
-        kernels = engine_kernels(graph, limits)
         archs = tuple(self._archs or _local_arch() or ARCHS)
         check_archs(archs)
-        write_kernels(kernels, archs, out, self._cache)
+        write_kernels(graph, limits, archs, out, self._cache)
         entries = [(p.name, p.dtype, p.shape) for p in graph.parameters]
         with SafetensorsWriter(out / WEIGHTS_FILE, entries, {"format": "pt"}) as writer:
             for parameter in graph.parameters:
@@ -129,17 +128,19 @@ def decode_buckets(limits: Limits) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
-def programs(graph: Graph, limits: Limits) -> list[Program]:
-    """The programs of an engine: that of any step, then those of the decode buckets."""
+def programs(graph: Graph, limits: Limits, arch: str) -> list[Program]:
+    """The programs of an engine on GPUs of `arch`: that of any step, then those of the decode
+    buckets."""
+    bulk_copies = compiler.arch_number(arch) >= 90
     general = StepShape(limits.max_num_tokens, limits.max_batch_size, decode=False)
-    decodes = [StepShape(size, size, decode=True) for size in decode_buckets(limits)]
+    decodes = [StepShape(size, size, True, bulk_copies) for size in decode_buckets(limits)]
     return [lower(graph, limits, shape) for shape in (general, *decodes)]
 
 
-def engine_kernels(graph: Graph, limits: Limits) -> dict[str, KernelSpec]:
-    """Every kernel that an engine of this graph may launch, by key."""
+def engine_kernels(graph: Graph, limits: Limits, arch: str) -> dict[str, KernelSpec]:
+    """Every kernel that an engine of this graph may launch on GPUs of `arch`, by key."""
     kernels: dict[str, KernelSpec] = {}
-    for program in programs(graph, limits):
+    for program in programs(graph, limits, arch):
         kernels.update(program.kernels)
         kernel = sampling_launch(program).kernel
         kernels[kernel.key] = kernel
@@ -147,24 +148,27 @@ def engine_kernels(graph: Graph, limits: Limits) -> dict[str, KernelSpec]:
 
 
 def write_kernels(
-    kernels: dict[str, KernelSpec], archs: Sequence[str], out: Path, cache: Path | None
+    graph: Graph, limits: Limits, archs: Sequence[str], out: Path, cache: Path | None
 ) -> None:
-    """Compile the kernels for all `archs`, and to PTX, into `out`. Raises CompileError."""
+    """Compile the graph's kernels for all `archs`, and to PTX, into `out`. Raises CompileError."""
     directory = out / KERNELS
     directory.mkdir()
-    jobs = [(key, arch) for key in kernels for arch in (*archs, PTX_ARCH)]
+    kernels = {arch: engine_kernels(graph, limits, arch) for arch in (*archs, PTX_ARCH)}
+    jobs = [(spec, arch) for arch, specs in kernels.items() for spec in specs.values()]
 
-    def compile_one(job: tuple[str, str]) -> None:
-        key, arch = job
-        compiled = compile_kernel(kernels[key], arch, cache)
-        (directory / image_name(key, arch)).write_bytes(compiled.image)
+    def compile_one(job: tuple[KernelSpec, str]) -> None:
+        spec, arch = job
+        compiled = compile_kernel(spec, arch, cache)
+        (directory / image_name(spec.key, arch)).write_bytes(compiled.image)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(compile_one, jobs))
     plan = {
         "compiler": compiler.compiler_version(),
-        "archs": list(archs),
-        "kernels": {key: {"entry": spec.entry} for key, spec in kernels.items()},
+        "kernels": {
+            arch: {key: spec.entry for key, spec in specs.items()}
+            for arch, specs in kernels.items()
+        },
     }
     (out / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n")
 

@@ -129,7 +129,14 @@ DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, 
     };
 #pragma unroll
     for (int i = 0; i < SLICE / 32; i++) {
-        const uint4 w = __ldg((const uint4*)(norm_weight + first + t * 8 + 32 * i));
+        // Opaque, or the compiler keeps the floats of the loop above: twice the registers.
+        asm volatile("" : "+r"(x[i].x), "+r"(x[i].y), "+r"(x[i].z), "+r"(x[i].w));
+        uint4 w;
+        // Volatile, and fenced every few loads: all of them at once would not fit either.
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                     : "l"(norm_weight + first + t * 8 + 32 * i));
+        if (i % 2) __syncwarp();
         x[i] = make_uint4(normed(x[i].x, w.x), normed(x[i].y, w.y), normed(x[i].z, w.z),
                           normed(x[i].w, w.w));
     }

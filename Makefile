@@ -1,0 +1,69 @@
+# make demo    convert the example model, build it for two ranks, generate text with them
+# make test    linters, type checker, tests
+# make lint    the first two of these
+# make bench   speed at Qwen2.5-0.5B's shapes
+# make clean   remove what these made
+#
+# Nothing but Python 3.11 (3.10 to 3.13 will do) is assumed: the environment is made in .venv, and
+# MPI comes from pip.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# Of `make demo`: as someone else's prompt, `make demo PROMPT="KING HENRY:"`.
+PROMPT ?= ROMEO:
+WORK := workdir/demo
+MODEL := examples/drama-3m
+PYTEST_ARGS ?=
+
+# mpirun refuses to run as root unless told twice.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+SOURCES := $(shell find src -name '*.py' -o -name '*.cu' -o -name '*.cuh')
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint typecheck bench clean
+.DELETE_ON_ERROR:
+
+demo: $(WORK)/engine/engine.yaml
+	$(BIN)/mpirun -n 2 --bind-to none --map-by :OVERSUBSCRIBE $(BIN)/llmforge run $(WORK)/engine \
+	  --prompt "$$(printf '$(PROMPT)\n_')" --max-new-tokens 200 --temperature 0.7 --seed 7 --stream
+
+$(WORK)/checkpoint/manifest.yaml: $(VENV)/.demo $(SOURCES) $(wildcard $(MODEL)/*)
+	$(BIN)/llmforge convert $(MODEL) -o $(WORK)/checkpoint --overwrite
+
+$(WORK)/engine/engine.yaml: $(WORK)/checkpoint/manifest.yaml
+	$(BIN)/llmforge build $(WORK)/checkpoint -o $(WORK)/engine --tensor-parallel 2 --overwrite
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.demo
+	$(BIN)/llmforge convert -c configs/bench-qwen2.5-0.5b.yaml
+	$(BIN)/llmforge build -c configs/bench-qwen2.5-0.5b.yaml
+	$(BIN)/llmforge bench -c configs/bench-qwen2.5-0.5b.yaml
+
+clean:
+	rm -rf $(VENV) workdir .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps say that the environment holds what pyproject.toml and constraints.txt ask for.
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(INSTALL) -e '.[mpi]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
+	$(INSTALL) -e '.[mpi,verify,dev]'
+	touch $@ $(VENV)/.demo

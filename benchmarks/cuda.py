@@ -1,0 +1,230 @@
+"""The cuda target on this machine's GPU: decode and prefill latency at real shapes, random weights.
+
+    python benchmarks/cuda.py [--model llama-3.1-8b] [--batch-size 1] [--json results/cuda.json]
+
+Weights are drawn on the GPU, so no checkpoint of that size is written. Requests go through the same
+`Session` that `llmforge run` and `bench` use. Reported for each batch size: TTFT (one batch of
+prompts), TPOT (wall time a generated token and sequence after the first), the device time of one
+decode step at the middle of the generation, and the floor: the bytes that a step must read (weights,
+and the keys and values of that step) over the bandwidth that a read of a large buffer reaches in the
+same run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# In place of this file's directory, where its own name would hide the package `cuda`.
+sys.path[0] = str(ROOT / "src")
+
+from llmforge.checkpoint.config import ModelConfig, RopeConfig  # noqa: E402
+from llmforge.comm import LocalComm  # noqa: E402
+from llmforge.engine.cuda.executable import CudaExecutable  # noqa: E402
+from llmforge.engine.cuda.target import CudaTarget, engine_kernels  # noqa: E402
+from llmforge.engine.step import Limits, StepBatch  # noqa: E402
+from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel  # noqa: E402
+from llmforge.kernels.driver import Module  # noqa: E402
+from llmforge.model.decoder import trace  # noqa: E402
+from llmforge.model.graph import Graph  # noqa: E402
+from llmforge.model.reference import DTYPES  # noqa: E402
+from llmforge.parallel import Topology  # noqa: E402
+from llmforge.runtime.requests import Request  # noqa: E402
+from llmforge.runtime.session import Session  # noqa: E402
+
+
+def _llama(hidden: int, layers: int, heads: int, head_dim: int, mlp: int, tied: bool) -> ModelConfig:
+    return ModelConfig(
+        family="llama", dtype="bfloat16", vocab_size=128256, hidden_size=hidden,
+        num_layers=layers, num_heads=heads, num_kv_heads=8, head_dim=head_dim,
+        intermediate_size=mlp, max_position=131072, norm_eps=1e-5,
+        rope=RopeConfig(500000.0, head_dim), tied_embeddings=tied,
+        sliding_window=(None,) * layers,
+    )  # fmt: skip
+
+
+MODELS = {
+    "llama-3.2-1b": _llama(2048, 16, 32, 64, 8192, True),
+    "llama-3.1-8b": _llama(4096, 32, 32, 128, 14336, False),
+}
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that a sum over 8 GB reads: the median of 10."""
+    buffer = torch.ones(2 << 30, dtype=torch.float32, device="cuda")
+    seconds = []
+    for _ in range(10):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        buffer.sum()
+        stop.record()
+        stop.synchronize()
+        seconds.append(start.elapsed_time(stop) / 1e3)
+    return buffer.nbytes / statistics.median(seconds)
+
+
+def random_weights(graph: Graph) -> dict[str, torch.Tensor]:
+    """Parameters of order 1 / sqrt(columns), which keep activations of order one."""
+    weights = {}
+    torch.manual_seed(0)
+    for parameter in graph.parameters:
+        tensor = torch.empty(parameter.shape, dtype=DTYPES[parameter.dtype], device="cuda")
+        is_norm = len(parameter.shape) == 1
+        weights[parameter.name] = (
+            tensor.fill_(1.0) if is_norm else tensor.normal_(0, tensor.shape[-1] ** -0.5)
+        )
+    return weights
+
+
+def load(config: ModelConfig, limits: Limits) -> CudaExecutable:
+    """An executable with random weights."""
+    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"sm_{major}{minor}"
+    weights = random_weights(graph)
+    modules = {
+        key: Module(compile_kernel(spec, arch, DEFAULT_CACHE).image, spec.entry)
+        for key, spec in engine_kernels(graph, limits, arch).items()
+    }
+    return CudaExecutable(graph, weights, modules, arch, limits)
+
+
+def serve(
+    executable: CudaExecutable, vocab: int, batch: int, input_len: int, output_len: int
+) -> tuple[float, float]:
+    """(TTFT, TPOT) in seconds of one static batch."""
+    rng = np.random.default_rng(batch)
+    firsts: list[float] = []
+    with Session(executable, LocalComm(), vocab_size=vocab) as session:
+        start = time.perf_counter()
+        for index in range(batch):
+            prompt = tuple(rng.integers(vocab, size=input_len).tolist())
+            session.add(Request(index, prompt, output_len, ignore_eos=True))
+        done = []
+        while session.has_work:
+            done += session.step()
+            if not firsts and session.last_step and not session.scheduler.waiting:
+                firsts.append(time.perf_counter())
+        end = time.perf_counter()
+    ttft = statistics.mean(completion.ttft for completion in done)
+    return ttft, (end - firsts[0]) / (output_len - 1)
+
+
+def device_step(executable: CudaExecutable, batch: int, kv_len: int) -> float:
+    """Seconds of device time of one decode step with `kv_len` tokens a sequence."""
+    limits = executable.limits
+    blocks = -(-kv_len // limits.block_size)
+    ones = np.ones(batch, np.int32)
+    step = StepBatch(
+        token_ids=ones, positions=ones * (kv_len - 1),
+        query_starts=np.arange(batch + 1, dtype=np.int32), kv_lens=ones * kv_len,
+        block_table=np.arange(batch * blocks, dtype=np.int32).reshape(batch, blocks),
+        prompt_lens=ones * 128, logit_rows=np.arange(batch, dtype=np.int32),
+    )  # fmt: skip
+    for _ in range(3):
+        executable.step(step)
+    return executable.time_decode(step, repeat=30)
+
+
+def bench(
+    name: str, batches: list[int], input_len: int, output_len: int, bandwidth: float
+) -> list[dict[str, Any]]:
+    config = MODELS[name]
+    total = input_len + output_len
+    most = max(batches)
+    limits = Limits(most, total, max(2048, most), 32, most * -(-total // 32))
+    executable = load(config, limits)
+    head_only = 0 if config.tied_embeddings else config.vocab_size * config.hidden_size * 2
+    weight_bytes = sum(
+        math.prod(int(d) for d in p.shape) * 2 for p in executable.graph.parameters
+    ) - head_only  # of the embedding only one row a token is read
+    rows = []
+    for batch in batches:
+        serve(executable, config.vocab_size, batch, input_len, 8)
+        runs = [
+            serve(executable, config.vocab_size, batch, input_len, output_len) for _ in range(2)
+        ]
+        middle = input_len + output_len // 2
+        kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * middle
+        floor = (weight_bytes + batch * kv_bytes) / bandwidth
+        ttft, tpot = (min(run[i] for run in runs) for i in range(2))
+        device = device_step(executable, batch, middle)
+        rows.append(
+            {
+                "model": name, "batch_size": batch, "ttft_ms": ttft * 1e3, "tpot_ms": tpot * 1e3,
+                "device_step_ms": device * 1e3, "floor_ms": floor * 1e3,
+                "tpot_over_floor": tpot / floor,
+            }
+        )  # fmt: skip
+        row = rows[-1]
+        click.echo(
+            f"{name} b{batch:<4} ttft {row['ttft_ms']:7.2f}  tpot {row['tpot_ms']:7.3f}  device "
+            f"{row['device_step_ms']:7.3f}  floor {row['floor_ms']:6.3f} ms  "
+            f"{row['tpot_over_floor']:.2f} of floor"
+        )
+    if click.get_current_context().params["profile"]:
+        for batch in batches:
+            profile(executable, batch, input_len + output_len // 2)
+    executable.close()
+    return rows
+
+
+def profile(executable: CudaExecutable, batch: int, kv_len: int) -> None:
+    """Print what each kernel of a decode step takes."""
+    from torch.profiler import ProfilerActivity, profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA]) as trace_of:
+        device_step(executable, batch, kv_len)
+    click.echo(f"batch {batch}")
+    for event in sorted(trace_of.key_averages(), key=lambda e: -e.device_time_total)[:9]:
+        click.echo(
+            f"  {event.key[:60]:60} {event.count:6} x {event.device_time_total / event.count:8.2f} us"
+        )
+
+
+@click.command(help=__doc__)
+@click.option("--model", "models", multiple=True, default=tuple(MODELS), show_default=True)
+@click.option("--batch-size", "batches", multiple=True, default=(1, 8, 32, 128), show_default=True)
+@click.option("--input-len", default=128, show_default=True)
+@click.option("--output-len", default=256, show_default=True)
+@click.option("--profile/--no-profile", default=False)
+@click.option("--json", "output", type=Path)
+def main(
+    models: tuple[str, ...],
+    batches: tuple[int, ...],
+    input_len: int,
+    output_len: int,
+    profile: bool,
+    output: Path | None,
+) -> None:
+    bandwidth = read_bandwidth()
+    click.echo(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e12:.2f} TB/s")
+    cases = []
+    for name in models:
+        cases += bench(name, list(batches), input_len, output_len, bandwidth)
+    if output:
+        report = {
+            "gpu": torch.cuda.get_device_name(),
+            "read_bandwidth_tb_per_s": bandwidth / 1e12,
+            "input_len": input_len,
+            "output_len": output_len,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "cases": cases,
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
