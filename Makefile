@@ -4,13 +4,14 @@
 # make bench   speed at Qwen2.5-0.5B's shapes
 # make clean   remove what these made
 #
-# Nothing but Python 3.11 (3.10 to 3.13 will do) is assumed: the environment is made in .venv, and
-# MPI comes from pip.
+# Nothing but Python 3.11 is assumed: the environment is made in .venv, and MPI comes from pip.
+
+SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# Of `make demo`: as someone else's prompt, `make demo PROMPT="KING HENRY:"`.
+# Who speaks first in `make demo`.
 PROMPT ?= ROMEO:
 WORK := workdir/demo
 MODEL := examples/drama-3m
@@ -30,7 +31,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 demo: $(WORK)/engine/engine.yaml
 	$(BIN)/mpirun -n 2 --bind-to none --map-by :OVERSUBSCRIBE $(BIN)/llmforge run $(WORK)/engine \
-	  --prompt "$$(printf '$(PROMPT)\n_')" --max-new-tokens 200 --temperature 0.7 --seed 7 --stream
+	  --prompt $$'$(PROMPT)\n' --max-new-tokens 200 --temperature 0.7 --seed 7 --stream
 
 $(WORK)/checkpoint/manifest.yaml: $(VENV)/.demo $(SOURCES) $(wildcard $(MODEL)/*)
 	$(BIN)/llmforge convert $(MODEL) -o $(WORK)/checkpoint --overwrite

@@ -12,6 +12,7 @@ cp alone returns earlier. Ratios to both are reported, as medians over the turns
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -27,9 +28,6 @@ from typing import Any
 import click
 
 from llmforge import __version__
-from llmforge.checkpoint.families import FAMILIES
-from llmforge.checkpoint.sources.random import RandomSource
-from llmforge.safetensors_io import SafetensorsWriter
 
 GB = 10**9
 # Llama shapes of an 8B model; the number of layers makes the size (0.436 GB each in bfloat16).
@@ -49,6 +47,10 @@ SHARD_BYTES = 2 * GB
 
 def write_model(directory: Path, layers: int) -> int:
     """A sharded Hugging Face model. Returns the bytes of its weights."""
+    from llmforge.checkpoint.families import FAMILIES
+    from llmforge.checkpoint.sources.random import RandomSource
+    from llmforge.safetensors_io import SafetensorsWriter
+
     directory.mkdir()
     config_file = directory / "config.json"
     config_file.write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
@@ -81,7 +83,8 @@ def write_model(directory: Path, layers: int) -> int:
 
 
 def run(command: list[str], sync: bool = False) -> tuple[float, int]:
-    """Seconds, and the peak resident bytes of the process."""
+    """Seconds, and the peak resident bytes of the process. Linux counts what this process held
+    when it started the other one as that one's, so this one imports little."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -199,7 +202,8 @@ def main(size_gb: tuple[float, ...], repeat: int, scratch: Path, output: Path) -
         layers = max(1, round((size * GB - OUTER_BYTES) / LAYER_BYTES))
         with tempfile.TemporaryDirectory(dir=scratch, prefix="llmforge-bench-") as directory:
             model = Path(directory) / "model"
-            nbytes = write_model(model, layers)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                nbytes = pool.apply(write_model, (model, layers))
             click.echo(f"{nbytes / GB:.2f} GB in {layers} layers", err=True)
             sizes.append(
                 {

@@ -187,7 +187,7 @@ def profile(executable: CudaExecutable, batch: int, kv_len: int) -> None:
     with profiler(activities=[ProfilerActivity.CUDA]) as trace_of:
         device_step(executable, batch, kv_len)
     click.echo(f"batch {batch}")
-    for event in sorted(trace_of.key_averages(), key=lambda e: -e.device_time_total)[:9]:
+    for event in sorted(trace_of.key_averages(), key=lambda e: -e.device_time_total)[:6]:
         click.echo(
             f"  {event.key[:60]:60} {event.count:6} x {event.device_time_total / event.count:8.2f} us"
         )

@@ -209,7 +209,7 @@ class ArtifactWriter:
             _fsync(path)
         assert not self._recorded, f"recorded, but not written: {sorted(self._recorded)}"
         data = {**manifest, "files": files}
-        text = yaml.dump(data, sort_keys=False, allow_unicode=True, width=100).encode()
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100).encode()
         path = self.directory / self._manifest_name
         path.write_bytes(text)
         _fsync(path)

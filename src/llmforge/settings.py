@@ -20,7 +20,6 @@ command line, not to the file.
 
 from __future__ import annotations
 
-import difflib
 import math
 import types
 import typing
@@ -218,6 +217,7 @@ SECTIONS: dict[str, type[Any]] = {
     "run": RunSettings,
     "bench": BenchSettings,
 }
+_KINDS: dict[type[Any], dict[str, Kind]] = {}  # made as they are asked for
 _MODEL_KEYS = ("from_config", "random_weights", "seed")
 
 
@@ -233,7 +233,10 @@ class Kind:
 
 def kinds(section: type[Any]) -> dict[str, Kind]:
     """The kind of each field of a settings dataclass, from its annotation."""
-    return {name: _kind(hint) for name, hint in typing.get_type_hints(section).items()}
+    if section not in _KINDS:
+        hints = typing.get_type_hints(section)
+        _KINDS[section] = {name: _kind(hint) for name, hint in hints.items()}
+    return _KINDS[section]
 
 
 def _kind(hint: Any) -> Kind:
@@ -348,6 +351,8 @@ def _check_keys(given: Mapping[Any, Any], known: Iterable[str], prefix: str) -> 
     known = list(known)
     for key in given:
         if key not in known:
+            import difflib
+
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
             raise SettingsError(f"unknown key {prefix}{key}; {hint}")

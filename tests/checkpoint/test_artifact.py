@@ -272,4 +272,4 @@ def test_leftover_of_a_running_process_is_not_touched(output: Path) -> None:
         assert (output.parent / f".{output.name}.partial" / "half").is_file()
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.communicate(timeout=20)

@@ -200,20 +200,24 @@ def test_disk_that_is_really_full(
 # --- processes
 
 CHILD = """
-import resource, sys
+import sys
 from pathlib import Path
 from llmforge.checkpoint.convert import convert
 from llmforge.settings import ConvertSettings
 if len(sys.argv) > 4:
     import torch
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    # Not getrusage: that counts what the parent held when it started this process.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+before = peak()
 settings = ConvertSettings(dtype=sys.argv[4] if len(sys.argv) > 4 else None)
 def stop(label, done, total):
     if sys.argv[3] == "stop" and done > total // 2:
         print("half", flush=True)
         sys.stdin.read()
 convert(Path(sys.argv[1]), Path(sys.argv[2]), settings, progress=stop)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 print("torch" in sys.modules)
 """
 

@@ -12,7 +12,26 @@ from llmforge.engine.cpu.kernels import KERNELS, StepContext
 from llmforge.model.reference import REFERENCE
 
 HEAD_DIM = 8
+PLAIN = ("attention", None, False)
+# The op, its soft cap, and whether its heads have slopes.
+VARIANTS = [
+    PLAIN,
+    ("scored_attention", 3.0, False),
+    ("scored_attention", None, True),
+    ("scored_attention", 2.0, True),
+]
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+
+
+def attributes(
+    variant: tuple[str, float | None, bool], heads: int, window: int | None
+) -> dict[str, object]:
+    attrs = {"head_dim": HEAD_DIM, "scale": HEAD_DIM**-0.5, "window": window}
+    op, soft_cap, sloped = variant
+    if op == "attention":
+        return attrs
+    slopes = [2.0 ** -(head / 2 + 1) for head in range(heads)] if sloped else []
+    return {**attrs, "soft_cap": soft_cap, "slopes": slopes}
 
 
 def step_inputs(
@@ -83,6 +102,7 @@ LONG = st.one_of(
     group=st.sampled_from([1, 2, 7]),
     window=st.sampled_from([None, 1, 5, 16, KEY_RUN + 3]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    variant=st.sampled_from(VARIANTS),
 )
 def test_attention_is_the_ops_meaning(
     seed: int,
@@ -92,14 +112,15 @@ def test_attention_is_the_ops_meaning(
     group: int,
     window: int | None,
     dtype: torch.dtype,
+    variant: tuple[str, float | None, bool],
 ) -> None:
-    attrs = {"head_dim": HEAD_DIM, "scale": HEAD_DIM**-0.5, "window": window}
+    op, attrs = variant[0], attributes(variant, kv_heads * group, window)
     outputs = []
     for table in (REFERENCE, KERNELS):
         rng = np.random.default_rng(seed)
         inputs = step_inputs(rng, lengths, block_size, kv_heads * group, kv_heads, dtype)
         context = StepContext(LocalComm(), LocalComm(), {})
-        outputs.append((table["attention"](inputs, attrs, context)[0], inputs[3], inputs[4]))
+        outputs.append((table[op](inputs, attrs, context)[0], inputs[3], inputs[4]))
     (expected, *expected_caches), (got, *got_caches) = outputs
     # The output, the weights and (in float32) a sum of at most 2000 of them are rounded; weights
     # sum to one and values are of order one, so each rounding is at most one unit of the largest.
@@ -118,16 +139,22 @@ def test_attention_is_the_ops_meaning(
     data=st.data(),
     window=st.sampled_from([None, 7, KEY_RUN + 3]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    variant=st.sampled_from(VARIANTS),
 )
 def test_a_query_attends_alike_to_the_bit_however_its_prompt_was_cut(
-    seed: int, total: int, data: st.DataObject, window: int | None, dtype: torch.dtype
+    seed: int,
+    total: int,
+    data: st.DataObject,
+    window: int | None,
+    dtype: torch.dtype,
+    variant: tuple[str, float | None, bool],
 ) -> None:
     """Prefilled whole, in two chunks, or by a last step of one token: the same bits."""
-    attrs = {"head_dim": HEAD_DIM, "scale": HEAD_DIM**-0.5, "window": window}
     group, block_size = 7, 16
+    op, attrs = variant[0], attributes(variant, 2 * group, window)
     rng = np.random.default_rng(seed)
     whole = step_inputs(rng, [(total, 0)], block_size, 2 * group, 2, dtype)
-    expected = KERNELS["attention"](whole, attrs, StepContext(LocalComm(), LocalComm(), {}))[0]
+    expected = KERNELS[op](whole, attrs, StepContext(LocalComm(), LocalComm(), {}))[0]
     cut = data.draw(st.one_of(st.just(total - 1), st.integers(1, total - 1)))
     caches = [new_cache((whole[3].shape[0] - 1, *whole[3].shape[1:]), dtype) for _ in range(2)]
     parts = []
@@ -140,5 +167,5 @@ def test_a_query_attends_alike_to_the_bit_however_its_prompt_was_cut(
             whole[7],
         ]
         context = StepContext(LocalComm(), LocalComm(), {})
-        parts.append(KERNELS["attention"](step, attrs, context)[0])
+        parts.append(KERNELS[op](step, attrs, context)[0])
     assert torch.equal(torch.cat(parts), expected)

@@ -12,8 +12,10 @@ from llmforge.errors import StoreError
 
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+NORMS = ("rms", "layer")
+QK_NORM_SPANS = ("head", "heads", "all")
 
 
 @dataclass(frozen=True)
@@ -21,27 +23,36 @@ class RopeConfig:
     """Rotary position embedding of `dim` of each head's elements, halves rotated (GPT-NeoX style).
 
     `scaling` says how the frequencies are stretched beyond `original_max_position`; the fields
-    below it are read by the scalings named in their comments.
+    below it are read by the scalings named in their comments. Models that rotate neighbouring
+    elements instead of halves are converted to this style by reordering their q and k weights.
     """
 
     theta: float
     dim: int
     scaling: str = "default"
     factor: float = 1.0  # linear, dynamic, llama3, yarn
-    original_max_position: int = 0  # dynamic, llama3, yarn: positions seen in training
+    original_max_position: int = 0  # all but linear: positions seen in training
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: whole-numbered ramp bounds
-    attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
+    attention_factor: float = 1.0  # yarn, longrope: cos and sin are multiplied by it
+    short_factor: tuple[float, ...] = ()  # longrope: a divisor of each frequency
+    long_factor: tuple[float, ...] = ()  # longrope: the same beyond original_max_position
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on how long the sequence is."""
+        return self.scaling in ("dynamic", "longrope")
 
     def frequencies(self, sequence_length: int = 0) -> list[float]:
         """The `dim / 2` angular frequencies in radians a position.
 
-        `sequence_length` matters to dynamic scaling only: the base grows with it beyond
+        `sequence_length` matters where `by_length`. dynamic: the base grows with it beyond
         `original_max_position` (NTK-aware scaling, https://arxiv.org/abs/2306.15595 and its
-        sequel by bloc97). llama3: frequencies of long wavelength divided by `factor`, a ramp
+        sequel by bloc97). longrope, which must be given it: other divisors beyond
+        `original_max_position` (https://arxiv.org/abs/2402.13753). llama3: frequencies of long wavelength divided by `factor`, a ramp
         between (Llama 3.1 release). yarn: https://arxiv.org/abs/2309.00071, section 3.2.
         """
         theta = self.theta
@@ -49,6 +60,12 @@ class RopeConfig:
             stretch = self.factor * sequence_length / self.original_max_position - (self.factor - 1)
             theta *= stretch ** (self.dim / (self.dim - 2))
         plain = [theta ** (-2 * i / self.dim) for i in range(self.dim // 2)]
+        if self.scaling == "longrope":
+            if not sequence_length:
+                raise ValueError("longrope frequencies depend on the sequence's length")
+            beyond = sequence_length > self.original_max_position
+            divisors = self.long_factor if beyond else self.short_factor
+            return [f / divisor for f, divisor in zip(plain, divisors, strict=True)]
         if self.scaling == "linear":
             return [f / self.factor for f in plain]
         if self.scaling == "llama3":
@@ -88,7 +105,7 @@ class RopeConfig:
 class ModelConfig:
     """A decoder-only transformer. Lengths in elements or tokens.
 
-    `family` is the name of the row in families.py that read it, for people; no code branches
+    `family` is the name of the row in families/ that read it, for people; no code branches
     on it. `sliding_window` has one entry a layer: the number of positions, its own included,
     that a token attends to, or None for all before it.
     """
@@ -104,7 +121,7 @@ class ModelConfig:
     intermediate_size: int
     max_position: int
     norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig | None
     activation: str = "silu"
     qkv_bias: bool = False
     attention_output_bias: bool = False
@@ -115,28 +132,94 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    # How positions enter, besides or instead of `rope`.
+    window_rope: RopeConfig | None = None  # of layers with a sliding window, where it differs
+    unrotated_layers: tuple[int, ...] = ()  # layers without rope
+    learned_positions: int = 0  # rows of a table of position embeddings; 0: there is none
+    alibi_slopes: tuple[float, ...] = ()  # a query head: scores fall by it a position of distance
+
+    # Norms.
+    norm: str = "rms"  # or "layer": also the mean is taken off
+    norm_bias: bool = False
+    embedding_norm: bool = False  # of the embedded tokens
+    pre_norm: bool = True  # of what attention and MLP read
+    post_norm: bool = False  # of what they give
+    # "head": one weight for all heads; "heads": each head has its own; "all": q (or k) is
+    # normalised as a whole.
+    qk_norm_span: str = "head"
+    qk_norm_bias: bool = False
+
+    # The block.
+    parallel_block: bool = False  # attention and MLP read the same residual
+    shared_norm: bool = False  # in a parallel block: one pre-norm for both
+    gated_mlp: bool = True  # activation(gate) * up; otherwise activation(up)
+    head_bias: bool = False
+
+    # Scales and caps; a cap c turns x into c tanh(x / c).
+    attention_scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0  # rounded to `dtype` before it is applied
+    residual_scale: float = 1.0  # of what attention and MLP add to the residual
+    logit_scale: float = 1.0
+
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
         assert self.activation in ACTIVATIONS, self.activation
-        assert self.rope.scaling in ROPE_SCALINGS, self.rope.scaling
+        assert self.norm in NORMS, self.norm
+        assert self.qk_norm_span in QK_NORM_SPANS, self.qk_norm_span
+        for rope in (self.rope, self.window_rope):
+            assert rope is None or rope.scaling in ROPE_SCALINGS, rope
         assert len(self.sliding_window) == self.num_layers, "one sliding_window entry a layer"
         assert self.num_heads % self.num_kv_heads == 0, "q heads divide into groups of kv heads"
+        assert len(self.alibi_slopes) in (0, self.num_heads), "one slope a query head"
+        assert self.pre_norm or self.post_norm, "a branch is normed before, after, or both"
+        assert self.parallel_block or not self.shared_norm, "parallel blocks share a norm"
+        # These two are what the decoder can express so far.
+        assert not (self.norm == "layer" and self.qk_norm_span == "all"), "a whole-width LayerNorm"
+        assert not (self.norm == "rms" and self.qk_norm_span == "heads"), "an RMSNorm by head"
+
+    def layer_rope(self, layer: int) -> RopeConfig | None:
+        """The rotary embedding of a layer's q and k, or None."""
+        if layer in self.unrotated_layers:
+            return None
+        if self.window_rope is not None and self.sliding_window[layer] is not None:
+            return self.window_rope
+        return self.rope
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a manifest."""
-        values = dataclasses.asdict(self)
-        values["sliding_window"] = list(self.sliding_window)
-        values["eos_token_ids"] = list(self.eos_token_ids)
-        return values
+        plain = _plain(dataclasses.asdict(self))
+        assert isinstance(plain, dict)
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """The inverse of `to_dict`. Raises StoreError where fields are missing, unknown or bad."""
         try:
-            fields = dict(values)
-            fields["rope"] = RopeConfig(**fields["rope"])
-            fields["sliding_window"] = tuple(fields["sliding_window"])
-            fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+            fields = {name: _frozen(value) for name, value in values.items()}
+            for name in ("rope", "window_rope"):
+                if fields.get(name) is not None:
+                    rope = fields[name].items()
+                    fields[name] = RopeConfig(**{key: _frozen(value) for key, value in rope})
             return cls(**fields)
-        except (TypeError, ValueError, KeyError, ArithmeticError, AssertionError) as error:
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+            AssertionError,
+        ) as error:
             raise StoreError(f"the manifest's model config is not valid: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """The value with lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmforge.checkpoint.config import DTYPES, ROPE_SCALINGS, RopeConfig
+from llmforge.checkpoint.config import DTYPES, RopeConfig
 from llmforge.errors import SourceError, UnsupportedModelError
 
 # Their names of activations that mean one of ours (transformers/activations.py, ACT2FN).
@@ -27,6 +27,8 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+# The rope types that `read_rope` reads.
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _REQUIRED = object()
 
 
@@ -155,10 +157,10 @@ def read_rope(fields: Fields, head_dim: int, max_position: int, theta: float) ->
             f"({', '.join(nested)}) are not supported"
         )
     scaling = rope.text("rope_type", rope.text("type", "default"))
-    if scaling not in ROPE_SCALINGS:
+    if scaling not in _ROPE_TYPES:
         raise UnsupportedModelError(
             f"{fields.path}: the rope type {scaling!r} is not supported; "
-            f"supported: {', '.join(ROPE_SCALINGS)}"
+            f"supported: {', '.join(_ROPE_TYPES)}"
         )
     theta = rope.number("rope_theta", fields.number("rope_theta", theta))
     share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))

@@ -3,7 +3,7 @@
 Linear weights are [out_features, in_features]. Column-parallel layers (q, k, v, gate, up) are
 cut along out_features by head or by row; row-parallel ones (o, down) along in_features, and their
 biases are whole on every rank, added after the all-reduce; embedding and head are cut along the
-vocabulary, padded where it does not divide.
+vocabulary, padded where it does not divide. What a config does not have is not listed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class ParamSpec:
 
 
 EMBEDDING = "embed.weight"
-HEAD = "head.weight"
+EMBEDDING_NORM = "embed_norm"
+POSITIONS = "positions.weight"
+FINAL_NORM = "final_norm"
+HEAD = "head"
 
 
 def layer_prefix(layer: int) -> str:
@@ -47,46 +50,67 @@ def _parameters(config: ModelConfig) -> Iterator[ParamSpec]:
     vocabulary = cut(0, config.vocab_size, pad=True)
     hidden = config.hidden_size
     yield ParamSpec(EMBEDDING, (config.vocab_size, hidden), vocabulary, init_std=1.0)
+    if config.learned_positions:
+        yield ParamSpec(POSITIONS, (config.learned_positions, hidden), init_std=0.1)
+    if config.embedding_norm:
+        yield from _norm(config, EMBEDDING_NORM)
     for layer in range(config.num_layers):
-        yield from _attention(config, layer_prefix(layer))
-        yield from _mlp(config, layer_prefix(layer))
-    yield _norm("final_norm.weight", hidden)
+        prefix = layer_prefix(layer)
+        if config.pre_norm:
+            yield from _norm(config, f"{prefix}attention_norm")
+        yield from _attention(config, f"{prefix}attention.")
+        if config.post_norm:
+            yield from _norm(config, f"{prefix}attention_post_norm")
+        if config.pre_norm and not config.shared_norm:
+            yield from _norm(config, f"{prefix}mlp_norm")
+        yield from _mlp(config, f"{prefix}mlp.")
+        if config.post_norm:
+            yield from _norm(config, f"{prefix}mlp_post_norm")
+    yield from _norm(config, FINAL_NORM)
     if not config.tied_embeddings:
         shape = (config.vocab_size, hidden)
-        yield ParamSpec(HEAD, shape, vocabulary, init_std=hidden**-0.5)
+        yield ParamSpec(f"{HEAD}.weight", shape, vocabulary, init_std=hidden**-0.5)
+    if config.head_bias:
+        yield ParamSpec(f"{HEAD}.bias", (config.vocab_size,), vocabulary, init_std=0.02)
 
 
 def _attention(config: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
     hidden, head_dim = config.hidden_size, config.head_dim
-    yield _norm(f"{prefix}attention_norm.weight", hidden)
-    for name, heads in (
-        ("q", config.num_heads),
-        ("k", config.num_kv_heads),
-        ("v", config.num_kv_heads),
-    ):
-        size = heads * head_dim
-        yield from _linear(
-            f"{prefix}attention.{name}", size, hidden, cut(0, size, head_dim), config.qkv_bias
-        )
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    for name, count in heads.items():
+        size = count * head_dim
+        yield from _linear(f"{prefix}{name}", size, hidden, cut(0, size, head_dim), config.qkv_bias)
     if config.qk_norm:
-        yield _norm(f"{prefix}attention.q_norm.weight", head_dim)
-        yield _norm(f"{prefix}attention.k_norm.weight", head_dim)
+        for name in ("q", "k"):
+            yield from _qk_norm(config, f"{prefix}{name}_norm", heads[name] * head_dim)
     size = config.num_heads * head_dim
     yield from _row_linear(
-        f"{prefix}attention.o", hidden, cut(1, size, head_dim), config.attention_output_bias, config
+        f"{prefix}o", hidden, cut(1, size, head_dim), config.attention_output_bias, config
     )
 
 
 def _mlp(config: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
     hidden, size = config.hidden_size, config.intermediate_size
-    yield _norm(f"{prefix}mlp_norm.weight", hidden)
-    for name in ("gate", "up"):
-        yield from _linear(f"{prefix}mlp.{name}", size, hidden, cut(0, size), config.mlp_bias)
-    yield from _row_linear(f"{prefix}mlp.down", hidden, cut(1, size), config.mlp_bias, config)
+    for name in ("gate", "up") if config.gated_mlp else ("up",):
+        yield from _linear(f"{prefix}{name}", size, hidden, cut(0, size), config.mlp_bias)
+    yield from _row_linear(f"{prefix}down", hidden, cut(1, size), config.mlp_bias, config)
 
 
-def _norm(name: str, size: int) -> ParamSpec:
-    return ParamSpec(name, (size,), init_std=0.02, init_mean=1.0)
+def _norm(config: ModelConfig, name: str) -> Iterator[ParamSpec]:
+    yield ParamSpec(f"{name}.weight", (config.hidden_size,), init_std=0.02, init_mean=1.0)
+    if config.norm_bias:
+        yield ParamSpec(f"{name}.bias", (config.hidden_size,), init_std=0.02)
+
+
+def _qk_norm(config: ModelConfig, name: str, size: int) -> Iterator[ParamSpec]:
+    """`size`: the elements of q or k. A norm for all heads alike is on every rank; one that has
+    a weight for each of them is cut with them."""
+    shared = config.qk_norm_span == "head"
+    shape = (config.head_dim if shared else size,)
+    shard = REPLICATED if shared else cut(0, size, config.head_dim)
+    yield ParamSpec(f"{name}.weight", shape, shard, init_std=0.02, init_mean=1.0)
+    if config.qk_norm_bias:
+        yield ParamSpec(f"{name}.bias", shape, shard, init_std=0.02)
 
 
 def _linear(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # What launchers set for each rank: the job's size and the process's rank. Open MPI; MPICH, Intel
 # MPI and others with Hydra; a Slurm step.
@@ -15,8 +15,7 @@ _LAUNCHERS = (
 )
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):  # not a dataclass: `llmforge --help` loads this file
     """The job that this process is a rank of. `size` is None where only MPI can tell."""
 
     rank: int

@@ -50,6 +50,9 @@ def run_ranks(world_size: int, work: Work, *, stdin: bytes | None = None) -> int
         _check_count(job.size, world_size)
         if job.size == 1:
             return work(LocalComm())
+    if world_size >= _cores():
+        # A rank that waits for others spins; here it may be spinning on the core that they need.
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     comm = MpiComm.world()
     if job.size not in (None, comm.size):
         raise RankError(
@@ -67,6 +70,12 @@ def _check_count(started: int, world_size: int) -> None:
             f"{'was' if started == 1 else 'were'} started; start it with: "
             f"{_command_shown(world_size)}"
         )
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _ranks(count: int) -> str:
@@ -199,7 +208,7 @@ class _Relay:
             self._framed = not self._framed
         elif self._framed or _NOISE.match(line):
             self._held.append(line)
-        elif line.strip() or not self._held:
+        elif line.strip("\0\n ") or not self._held:  # Open MPI ends its messages with a NUL line
             self.reported |= line.startswith(("error: ", "internal error: "))
             with contextlib.suppress(OSError):
                 sys.stderr.write(line)

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 )
 @json_option
 def command(path: Path, against: Path | None, as_json: bool) -> int:
-    """Check a checkpoint's or an engine's files against their checksums.
+    """Check files against their checksums, and logits against transformers.
 
-    With --against, random prompts are prefilled and decoded, and the logits compared with those
-    of transformers on the original model: their largest difference must be within what rounding
-    explains, and the likeliest tokens the same but for near ties. An engine of several ranks is
-    run on all of them.
+    The files are those of a checkpoint or an engine. With --against, random prompts are prefilled
+    and decoded, and the logits compared with those of transformers on the original model: their
+    largest difference must be within what rounding explains, and the likeliest tokens the same
+    but for near ties. An engine of several ranks is run on all of them.
     """
     from llmforge.cli.launch import is_speaker
     from llmforge.cli.ranks import run_ranks

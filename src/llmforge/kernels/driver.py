@@ -7,11 +7,11 @@ are read through pointers into one `Sizes` block, so a step sets them once for a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from llmforge.errors import TargetError
-from llmforge.kernels.launch import DTYPE_BYTES, Double, Extent, Float, Launch, Operand, Size
+from llmforge.kernels.launch import DTYPE_BYTES, Double, Extent, Float, Launch, Operand, Size, TensorMap
 
 
 class DriverError(TargetError):
@@ -132,6 +132,10 @@ class BoundLaunch:
         elif isinstance(argument, Operand):
             offset = argument.offset * DTYPE_BYTES[argument.dtype]
             cell = ctypes.c_void_p(address_of(argument.buffer) + offset)
+        elif isinstance(argument, TensorMap):
+            encoded = _encode(argument, address_of(argument.weight.buffer))
+            self._keep.append(encoded)
+            return int(encoded.getPtr())
         elif isinstance(argument, Float):
             cell = ctypes.c_float(argument.value)
         elif isinstance(argument, Double):
@@ -142,8 +146,32 @@ class BoundLaunch:
         return ctypes.addressof(cell)
 
 
-def load_modules(
-    images: Mapping[str, tuple[bytes, str]],
-) -> dict[str, Module]:
-    """Modules by kernel key, of (image, entry) by kernel key."""
-    return {key: Module(image, entry) for key, (image, entry) in images.items()}
+def _encode(map: TensorMap, address: int) -> Any:
+    """The CUtensorMap of weights at this address."""
+    from cuda.bindings import driver
+
+    rows, columns = map.weight.shape
+    assert isinstance(rows, int) and isinstance(columns, int)
+    types = driver.CUtensorMapDataType
+    dtype = {
+        "bfloat16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        "float16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+    }[map.weight.dtype]
+    # Innermost first, as the driver wants them.
+    sizes = (64, rows // map.halves, map.halves, columns // 64)
+    strides = (columns * 2, rows // map.halves * columns * 2, 128)
+    return check(
+        driver.cuTensorMapEncodeTiled(
+            dtype,
+            4,
+            address,
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(stride) for stride in strides],
+            [driver.cuuint32_t(size) for size in reversed(map.box)],
+            [driver.cuuint32_t(1)] * 4,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )

@@ -72,7 +72,17 @@ class Double:
     value: float
 
 
-Argument = Operand | Size | Float | Double | int | None
+@dataclass(frozen=True)
+class TensorMap:
+    """A description of weights for the tensor copy engine: [rows, columns] seen as [columns / 64,
+    halves, rows / halves, 64], copied in boxes of `box`, in rows of 128 bytes, swizzled."""
+
+    weight: Operand
+    halves: int
+    box: tuple[int, int, int, int]  # elements in the order of the dimensions
+
+
+Argument = Operand | TensorMap | Size | Float | Double | int | None
 Extent = int | Size
 
 
@@ -371,15 +381,16 @@ class StreamPlan:
 
     @property
     def stage_bytes(self) -> int:
-        row = 2 * self.chunk
-        return 16 * (row if row % 128 == 64 else row + 64)
+        return 16 * self.chunk * 2
 
 
 STREAM_ROWS = 8  # rows of x that the kernel takes
 _STREAM_WARPS = 4
 _MAX_SLICE = 1024  # elements of x that a warp keeps: 128 registers a lane
 _MAX_SPLIT = 8
-_RING_BYTES = 110 << 10  # of shared memory, so that blocks of two kernels fit a multiprocessor
+_RING_BYTES = 96 << 10  # of shared memory, so that blocks of two kernels fit a multiprocessor
+# More than half of a multiprocessor's shared memory, less than a ring leaves.
+_ALONE_BYTES = 116 << 10
 
 
 def stream_plan(dtype: str, k: int) -> StreamPlan | None:
@@ -388,8 +399,8 @@ def stream_plan(dtype: str, k: int) -> StreamPlan | None:
         return None
     for split in range(1, _MAX_SPLIT + 1):
         slice_size, rest = divmod(k, split * _STREAM_WARPS)
-        if rest == 0 and slice_size % 32 == 0 and slice_size <= _MAX_SLICE:
-            sizes = [c for c in range(32, 257, 32) if slice_size % c == 0]
+        if rest == 0 and slice_size % 64 == 0 and slice_size <= _MAX_SLICE:
+            sizes = [c for c in range(64, 257, 64) if slice_size % c == 0]
             chunk = sizes[-1]
             one = StreamPlan(split, chunk, 1)
             stages = min(_RING_BYTES // (_STREAM_WARPS * one.stage_bytes), 16)
@@ -422,9 +433,15 @@ def stream_gemm(
     norm_weight: Operand | None = None,
     eps: float = 0.0,
     activation: str | None = None,
+    alone: bool = False,
 ) -> Launch:
     """out = x weightᵀ + bias for at most STREAM_ROWS rows; with `norm_weight`, of x's RMSNorm; with
-    `residual`, plus that; with `activation`, gated: the weights are those of gate | up."""
+    `residual`, plus that; with `activation`, gated: the weights are those of gate | up.
+
+    alone: take so much shared memory that no two blocks of this launch fit a multiprocessor. Where
+    every second product does, the blocks of each spread evenly, one to a multiprocessor, although
+    they start while those of the product before still run: a block that is not alone finds room for
+    just one beside each that is."""
     dtype = _same_dtype(out, x, weight, bias, residual, norm_weight)
     features, k = weight.shape
     assert isinstance(features, int) and isinstance(k, int)
@@ -433,6 +450,7 @@ def stream_gemm(
     _require(x.features == k and x.contiguous, "stream_gemm: x is [rows, k], contiguous")
     _require(norm_weight is None or plan.split == 1, "stream_gemm: a norm needs all of k")
     gated = activation is not None
+    _require(weight.contiguous and weight.offset == 0, "stream_gemm: weights lie whole")
     _require(not gated or features % 16 == 0, "stream_gemm: gate and up in whole tiles")
     _require(not (gated and residual), "stream_gemm: gated or residual, not both")
     _require(out.features == (features // 2 if gated else features), "stream_gemm: out's features")
@@ -444,11 +462,14 @@ def stream_gemm(
     }  # fmt: skip
     if activation is not None:
         defines[f"ACTIVATION_{activation.upper()}"] = 1
-    rows = x.shape[0]
+    rows, halves = x.shape[0], 2 if gated else 1
+    weights = TensorMap(weight, halves, (plan.chunk // 64, halves, 16 // halves, 64))
     arguments = (
-        out, x, weight, bias, residual, norm_weight, scratch.partial, scratch.counters,
+        out, x, weights, bias, residual, norm_weight, scratch.partial, scratch.counters,
         _extent(rows), features, out.row_stride, Float(eps),
     )  # fmt: skip
-    shared = _STREAM_WARPS * plan.stages * plan.stage_bytes
+    shared = _STREAM_WARPS * plan.stages * plan.stage_bytes + 1024
+    if alone:
+        shared = max(shared, _ALONE_BYTES)
     spec = _spec("stream_gemm.cu", "stream_gemm", dtype, **defines)
     return Launch(spec, arguments, (Size("processors"), 1, 1), _STREAM_WARPS * 32, shared)

@@ -62,6 +62,25 @@ class GraphBuilder:
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         return self._one("rms_norm", x, weight, eps=eps)
 
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float, run: int
+    ) -> Tensor:
+        return self._one("layer_norm", x, weight, bias, eps=eps, run=run)
+
+    def square_sum(self, x: Tensor) -> Tensor:
+        return self._one("square_sum", x)
+
+    def rms_norm_by(
+        self, x: Tensor, square_sum: Tensor, weight: Tensor, *, eps: float, size: int
+    ) -> Tensor:
+        return self._one("rms_norm_by", x, square_sum, weight, eps=eps, size=size)
+
+    def scale(self, x: Tensor, *, factor: float) -> Tensor:
+        return self._one("scale", x, factor=factor)
+
+    def soft_cap(self, x: Tensor, *, cap: float) -> Tensor:
+        return self._one("soft_cap", x, cap=cap)
+
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return self._one("add", x, y)
 
@@ -72,7 +91,9 @@ class GraphBuilder:
 
     def rope_table(self, rope: RopeConfig) -> Tensor:
         step = (self.inputs[n] for n in ("positions", "query_starts", "prompt_lens"))
-        return self._one("rope_table", *step, rope=dataclasses.asdict(rope))
+        fields = dataclasses.asdict(rope)
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        return self._one("rope_table", *step, rope=plain)
 
     def rope(self, x: Tensor, table: Tensor, *, head_dim: int) -> Tensor:
         return self._one("rope", x, table, head_dim=head_dim)
@@ -92,6 +113,33 @@ class GraphBuilder:
         return self._one(
             "attention", q, k, v, *caches, *step, head_dim=head_dim, scale=scale, window=window
         )
+
+    def scored_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        caches: Sequence[Tensor],
+        *,
+        head_dim: int,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        slopes: Sequence[float] = (),
+    ) -> Tensor:
+        return self._one(
+            "scored_attention",
+            *(q, k, v, *caches),
+            *(self.inputs[n] for n in ("query_starts", "kv_lens", "block_table")),
+            head_dim=head_dim,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            slopes=list(slopes),
+        )
+
+    def activation(self, x: Tensor, *, activation: str) -> Tensor:
+        return self._one("activation", x, activation=activation)
 
     def gated_activation(self, gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
         return self._one("gated_activation", gate, up, activation=activation)

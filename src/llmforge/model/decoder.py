@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from llmforge.checkpoint.config import ModelConfig
-from llmforge.checkpoint.params import EMBEDDING, HEAD, layer_prefix, parameters
+from llmforge.checkpoint.config import ModelConfig, RopeConfig
+from llmforge.checkpoint.params import (
+    EMBEDDING,
+    EMBEDDING_NORM,
+    FINAL_NORM,
+    HEAD,
+    POSITIONS,
+    layer_prefix,
+    parameters,
+)
 from llmforge.model.builder import GraphBuilder
 from llmforge.model.graph import Graph, Shape, Tensor
 from llmforge.parallel import Topology
+from llmforge.safetensors_io import NUMPY_DTYPES
 
 
 def trace(config: ModelConfig, topology: Topology, rank: int) -> Graph:
@@ -25,6 +34,7 @@ class _Decoder:
         self.tensor_rank = topology.tensor_rank(rank)
         self.specs = parameters(config)
         self.builder = GraphBuilder()
+        self.tables: dict[RopeConfig, Tensor] = {}
 
     def trace(self) -> Graph:
         config, topology, g = self.config, self.topology, self.builder
@@ -32,9 +42,12 @@ class _Decoder:
             hidden = self._embed()
         else:
             hidden = g.recv(self._neighbour(-1), ("tokens", config.hidden_size), config.dtype)
-        table = g.rope_table(config.rope)
-        for layer in topology.layers(self.rank, config.num_layers):
-            hidden = self._layer(hidden, table, layer)
+        layers = topology.layers(self.rank, config.num_layers)
+        for rope in dict.fromkeys(map(config.layer_rope, layers)):
+            if rope is not None:
+                self.tables[rope] = g.rope_table(rope)
+        for layer in layers:
+            hidden = self._layer(hidden, layer)
         if topology.is_last_stage(self.rank):
             return g.graph([self._head(hidden)])
         g.send(hidden, to=self._neighbour(+1))
@@ -43,53 +56,85 @@ class _Decoder:
     # -- the parts of the network ----------------------------------------------------------------
 
     def _embed(self) -> Tensor:
-        g, weight = self.builder, self._weight(EMBEDDING)
+        g, config, weight = self.builder, self.config, self._weight(EMBEDDING)
         local_size = weight.shape[0]
         assert isinstance(local_size, int)
         hidden = g.embed(g.inputs["token_ids"], weight, start=self.tensor_rank * local_size)
-        return self._reduced(hidden)
+        if self.topology.tensor_parallel > 1:
+            hidden = g.all_reduce(hidden)
+        hidden = self._scaled(hidden, _rounded(config.embedding_scale, config.dtype))
+        if config.learned_positions:
+            hidden = g.add(hidden, g.embed(g.inputs["positions"], self._weight(POSITIONS)))
+        return self._norm(hidden, EMBEDDING_NORM) if config.embedding_norm else hidden
 
-    def _layer(self, x: Tensor, table: Tensor, layer: int) -> Tensor:
-        g, prefix, eps = self.builder, layer_prefix(layer), self.config.norm_eps
-        normed = g.rms_norm(x, self._weight(f"{prefix}attention_norm.weight"), eps=eps)
-        x = g.add(x, self._attention(normed, table, layer))
-        normed = g.rms_norm(x, self._weight(f"{prefix}mlp_norm.weight"), eps=eps)
-        return g.add(x, self._mlp(normed, prefix))
+    def _layer(self, x: Tensor, layer: int) -> Tensor:
+        g, config, prefix = self.builder, self.config, layer_prefix(layer)
+        normed = self._norm(x, f"{prefix}attention_norm") if config.pre_norm else x
+        attended = self._branch(self._attention(normed, layer), f"{prefix}attention_post_norm")
+        if config.parallel_block:
+            read, x = x, g.add(x, attended)
+        else:
+            read = x = g.add(x, attended)
+        if config.pre_norm and not config.shared_norm:
+            read = self._norm(read, f"{prefix}mlp_norm")
+        elif config.shared_norm:
+            read = normed
+        return g.add(x, self._branch(self._mlp(read, f"{prefix}mlp."), f"{prefix}mlp_post_norm"))
 
-    def _attention(self, x: Tensor, table: Tensor, layer: int) -> Tensor:
+    def _branch(self, x: Tensor, norm: str) -> Tensor:
+        """What attention or MLP gives, as it is added to the residual."""
+        return self._scaled(
+            self._norm(x, norm) if self.config.post_norm else x, self.config.residual_scale
+        )
+
+    def _attention(self, x: Tensor, layer: int) -> Tensor:
         g, config, prefix = self.builder, self.config, f"{layer_prefix(layer)}attention."
         head_dim = config.head_dim
         q, k, v = (self._linear(x, prefix + name) for name in ("q", "k", "v"))
         kv_size = k.shape[-1]
         assert isinstance(kv_size, int)
         if config.qk_norm:
-            q = g.rms_norm(q, self._weight(f"{prefix}q_norm.weight"), eps=config.norm_eps)
-            k = g.rms_norm(k, self._weight(f"{prefix}k_norm.weight"), eps=config.norm_eps)
-        q = g.rope(q, table, head_dim=head_dim)
-        k = g.rope(k, table, head_dim=head_dim)
-        attended = g.attention(
-            q,
-            k,
-            v,
-            g.kv_cache(layer, kv_size // head_dim, head_dim, config.dtype),
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            window=config.sliding_window[layer],
-        )
+            q, k = self._qk_norm(q, f"{prefix}q_norm"), self._qk_norm(k, f"{prefix}k_norm")
+        if rope := config.layer_rope(layer):
+            q, k = (g.rope(t, self.tables[rope], head_dim=head_dim) for t in (q, k))
+        caches = g.kv_cache(layer, kv_size // head_dim, head_dim, config.dtype)
+        scale = head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        window, cap, slopes = config.sliding_window[layer], config.attention_softcap, self._slopes()
+        if cap is None and not slopes:
+            attended = g.attention(q, k, v, caches, head_dim=head_dim, scale=scale, window=window)
+        else:
+            attended = g.scored_attention(
+                *(q, k, v, caches),
+                head_dim=head_dim,
+                scale=scale,
+                window=window,
+                soft_cap=cap,
+                slopes=slopes,
+            )
         return self._row_linear(attended, f"{prefix}o")
 
+    def _slopes(self) -> tuple[float, ...]:
+        """The ALiBi slopes of this rank's query heads."""
+        local = len(self.config.alibi_slopes) // self.topology.tensor_parallel
+        return self.config.alibi_slopes[self.tensor_rank * local :][:local]
+
     def _mlp(self, x: Tensor, prefix: str) -> Tensor:
-        gate = self._linear(x, f"{prefix}mlp.gate")
-        up = self._linear(x, f"{prefix}mlp.up")
-        activated = self.builder.gated_activation(gate, up, activation=self.config.activation)
-        return self._row_linear(activated, f"{prefix}mlp.down")
+        g, activation = self.builder, self.config.activation
+        if self.config.gated_mlp:
+            gate, up = self._linear(x, f"{prefix}gate"), self._linear(x, f"{prefix}up")
+            activated = g.gated_activation(gate, up, activation=activation)
+        else:
+            activated = g.activation(self._linear(x, f"{prefix}up"), activation=activation)
+        return self._row_linear(activated, f"{prefix}down")
 
     def _head(self, hidden: Tensor) -> Tensor:
         g, config = self.builder, self.config
         hidden = g.select_rows(hidden, g.inputs["logit_rows"])
-        hidden = g.rms_norm(hidden, self._weight("final_norm.weight"), eps=config.norm_eps)
-        head = self._weight(EMBEDDING if config.tied_embeddings else HEAD)
-        logits = g.linear(hidden, head)
+        hidden = self._norm(hidden, FINAL_NORM)
+        weight = self._weight(EMBEDDING if config.tied_embeddings else f"{HEAD}.weight")
+        logits = self._scaled(g.linear(hidden, weight, self._bias(HEAD)), config.logit_scale)
+        if config.logit_softcap is not None:
+            logits = g.soft_cap(logits, cap=config.logit_softcap)
         if self.topology.tensor_parallel > 1:
             logits = g.all_gather(logits, size=config.vocab_size)
         if self.topology.pipeline_parallel > 1 and self.tensor_rank == 0:
@@ -102,6 +147,34 @@ class _Decoder:
         last = self.topology.rank(self.topology.pipeline_parallel - 1, 0)
         shape: Shape = ("rows", self.config.vocab_size)
         return [self.builder.recv(last, shape, self.config.dtype)]
+
+    # -- norms and scales ------------------------------------------------------------------------
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        """The norm `name` of the residual or of a branch: whole on every rank."""
+        g, config, weight = self.builder, self.config, self._weight(f"{name}.weight")
+        if config.norm == "rms":
+            return g.rms_norm(x, weight, eps=config.norm_eps)
+        run = config.hidden_size
+        return g.layer_norm(x, weight, self._bias(name), eps=config.norm_eps, run=run)
+
+    def _qk_norm(self, x: Tensor, name: str) -> Tensor:
+        """The norm of this rank's heads of q or k."""
+        g, config, weight = self.builder, self.config, self._weight(f"{name}.weight")
+        eps, ranks = config.norm_eps, self.topology.tensor_parallel
+        if config.norm == "layer":
+            return g.layer_norm(x, weight, self._bias(name), eps=eps, run=config.head_dim)
+        if config.qk_norm_span == "head" or ranks == 1:
+            return g.rms_norm(x, weight, eps=eps)
+        # The heads of all ranks are normed as one. Where ranks hold copies of a kv head, every
+        # head has as many copies, so that they leave the mean as it is.
+        features = x.shape[-1]
+        assert isinstance(features, int)
+        total = g.all_reduce(g.square_sum(x))
+        return g.rms_norm_by(x, total, weight, eps=eps, size=features * ranks)
+
+    def _scaled(self, x: Tensor, factor: float) -> Tensor:
+        return x if factor == 1 else self.builder.scale(x, factor=factor)
 
     # -- layers that ranks share -----------------------------------------------------------------
 
@@ -118,9 +191,6 @@ class _Decoder:
         total = self.builder.all_reduce(self.builder.linear(x, weight))
         return total if bias is None else self.builder.add(total, bias)
 
-    def _reduced(self, x: Tensor) -> Tensor:
-        return self.builder.all_reduce(x) if self.topology.tensor_parallel > 1 else x
-
     def _bias(self, name: str) -> Tensor | None:
         bias = f"{name}.bias"
         return self._weight(bias) if bias in self.specs else None
@@ -133,3 +203,7 @@ class _Decoder:
     def _neighbour(self, step: int) -> int:
         """The rank with this tensor rank, `step` stages on."""
         return self.topology.rank(self.topology.stage(self.rank) + step, self.tensor_rank)
+
+
+def _rounded(value: float, dtype: str) -> float:
+    return float(NUMPY_DTYPES[dtype].type(value))

@@ -101,6 +101,52 @@ def _rms_norm(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Sign
     return ((x.shape, x.dtype),)
 
 
+@_op("layer_norm", "x weight bias?", "eps run")
+def _layer_norm(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """(x - mean) / deviation over runs of `run` elements of the last dimension, then weight and
+    bias. These are as long as a run (the same for every run) or as all features.
+    https://arxiv.org/abs/1607.06450"""
+    x, weight = _given(inputs[0]), _given(inputs[1])
+    features, run = x.shape[-1], attrs["run"]
+    if not isinstance(features, int) or features % run:
+        raise ValueError(f"layer_norm: {features} features are not whole runs of {run}")
+    if weight.shape not in ((run,), (features,)):
+        raise ValueError(f"layer_norm: a weight of {weight.shape} for runs of {run}")
+    if inputs[2] is not None:
+        _equal("layer_norm: bias", inputs[2].shape, weight.shape)
+    return ((x.shape, x.dtype),)
+
+
+@_op("square_sum", "x")
+def _square_sum(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """[tokens, 1] float32: the sum of each row's squares. Summed over ranks, it makes the norm of
+    features that the ranks share among them."""
+    return ((_last(_given(inputs[0]), 1), "float32"),)
+
+
+@_op("rms_norm_by", "x square_sum weight", "eps size")
+def _rms_norm_by(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """rms_norm where the mean square is `square_sum` / `size`: x is a part of `size` features."""
+    x, square_sum, weight = map(_given, inputs)
+    _equal("rms_norm_by: square_sum", square_sum.shape, _last(x, 1))
+    _equal("rms_norm_by: weight", weight.shape, x.shape[-1:])
+    return ((x.shape, x.dtype),)
+
+
+@_op("scale", "x", "factor")
+def _scale(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """x factor."""
+    x = _given(inputs[0])
+    return ((x.shape, x.dtype),)
+
+
+@_op("soft_cap", "x", "cap")
+def _soft_cap(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """cap tanh(x / cap)."""
+    x = _given(inputs[0])
+    return ((x.shape, x.dtype),)
+
+
 @_op("add", "x y")
 def _add(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
     """x + y; y has x's shape, or is one row for all."""
@@ -122,7 +168,7 @@ def _add_rms_norm(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> 
 def _rope_table(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
     """[tokens, dim] float32: the cosines of the dim / 2 angles, then their sines.
     `rope` holds the fields of a RopeConfig. A token's angles may depend on the longer of its
-    prompt and its own position (dynamic scaling), never on how the prompt was cut into steps."""
+    prompt and its own position (dynamic, longrope), never on how the prompt was cut into steps."""
     positions = _given(inputs[0])
     return (((*positions.shape, attrs["rope"]["dim"]), "float32"),)
 
@@ -147,6 +193,30 @@ def _attention(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Sig
     q, k, v = (_given(t) for t in inputs[:3])
     _equal("attention: k and v", k.shape, v.shape)
     return ((q.shape, q.dtype),)
+
+
+@_op(
+    "scored_attention",
+    "q k v key_cache value_cache query_starts kv_lens block_table",
+    "head_dim scale window soft_cap slopes",
+)
+def _scored_attention(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """attention whose scaled scores are changed before the softmax: capped as by soft_cap (None:
+    not), then lowered by the query head's entry of `slopes` (empty: not) for every position that
+    the key is behind the query (ALiBi, https://arxiv.org/abs/2108.12409). An op of its own, so
+    that a target without it says so."""
+    q, cache = _given(inputs[0]), _given(inputs[3])
+    heads = q.shape[-1] // cache.shape[3]  # type: ignore[operator]
+    if attrs["slopes"]:
+        _equal("scored_attention: slopes and heads", len(attrs["slopes"]), heads)
+    return _attention(inputs, attrs)
+
+
+@_op("activation", "x", "activation")
+def _activation(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """activation(x)."""
+    x = _given(inputs[0])
+    return ((x.shape, x.dtype),)
 
 
 @_op("gated_activation", "gate up", "activation")

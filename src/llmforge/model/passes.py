@@ -20,19 +20,20 @@ def apply(graph: Graph, passes: Iterable[Pass], dump: Callable[[str, Graph], Non
 
 
 def merge_linears(graph: Graph) -> Graph:
-    """Linears that read the same tensor (q, k and v; gate and up) become one product of the
-    joined weights, and a split: one large product is faster than several small ones."""
+    """Linears that read the same tensor (q, k and v; gate and up; in a parallel block all of them)
+    become one product of the joined weights, and a split: one large product is faster than several
+    small ones. Those with a bias are joined apart from those without."""
     shared = _shared_parameters(graph)
-    groups: dict[str, list[Node]] = {}
+    groups: dict[tuple[str, bool], list[Node]] = {}
     for node in graph.nodes:
         if node.op == "linear" and node.inputs[1] not in shared:
-            groups.setdefault(node.inputs[0], []).append(node)
+            groups.setdefault((node.inputs[0], bool(node.inputs[2])), []).append(node)
     merged: dict[int, list[Node]] = {}  # id of a group's first node -> its replacement
     dropped: set[int] = set()
     tensors: list[Tensor] = []
     parameters: list[Parameter] = []
     for nodes in groups.values():
-        if len(nodes) < 2 or len({bool(n.inputs[2]) for n in nodes}) > 1:
+        if len(nodes) < 2:
             continue
         names = [n.inputs[1] for n in nodes]
         weight = _joined(graph, names)

@@ -83,6 +83,37 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return (normed.to(x.dtype) * weight).flatten(-2)
 
 
+@_meaning("layer_norm")
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, run: int) -> Tensor:
+    normed = F.layer_norm(x.float().unflatten(-1, (-1, run)), (run,), eps=eps)
+    scaled = normed * weight.float().view(-1, run)
+    shifted = scaled if bias is None else scaled + bias.float().view(-1, run)
+    return shifted.flatten(-2).to(x.dtype)
+
+
+@_meaning("square_sum")
+def square_sum(x: Tensor) -> Tensor:
+    return x.float().square().sum(-1, keepdim=True)
+
+
+@_meaning("rms_norm_by")
+def rms_norm_by(
+    x: Tensor, square_sum: Tensor, weight: Tensor, *, eps: float, size: int
+) -> Tensor:
+    normed = x.float() * torch.rsqrt(square_sum / size + eps)
+    return normed.to(x.dtype) * weight
+
+
+@_meaning("scale")
+def scale(x: Tensor, *, factor: float) -> Tensor:
+    return x * factor
+
+
+@_meaning("soft_cap")
+def soft_cap(x: Tensor, *, cap: float) -> Tensor:
+    return (torch.tanh(x.float() / cap) * cap).to(x.dtype)
+
+
 @_meaning("add")
 def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
@@ -101,7 +132,7 @@ def rope_table(
     positions: Tensor, query_starts: Tensor, prompt_lens: Tensor, *, rope: Mapping[str, Any]
 ) -> Tensor:
     config = RopeConfig(**rope)
-    if config.scaling == "dynamic":
+    if config.by_length:
         per_token = prompt_lens.long().repeat_interleave(query_starts.diff().long())
         lengths = torch.maximum(per_token, positions.long() + 1)
         distinct, index = lengths.unique(return_inverse=True)
@@ -123,21 +154,15 @@ def rope(x: Tensor, table: Tensor, *, head_dim: int) -> Tensor:
     return torch.cat(rotated, dim=-1).flatten(-2).to(x.dtype)
 
 
-@_meaning("attention")
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_starts: Tensor,
-    kv_lens: Tensor,
-    block_table: Tensor,
-    *,
+def _attend(
+    inputs: Sequence[Tensor],
     head_dim: int,
-    scale: float,
     window: int | None,
+    score: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
+    """Attention with the scores ``score(products, behind)``: of the products of queries and keys
+    [heads, queries, keys], and how many positions each key is behind each query."""
+    q, k, v, key_cache, value_cache, query_starts, kv_lens, block_table = inputs
     q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
     block_size = key_cache.shape[1]
     group = q.shape[1] // k.shape[1]
@@ -153,16 +178,45 @@ def attention(
         value_cache[blocks[first_new:], offsets[first_new:]] = v[start:stop]
         keys = key_cache[blocks, offsets].float().repeat_interleave(group, dim=1)
         values = value_cache[blocks, offsets].float().repeat_interleave(group, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q[start:stop].float(), keys) * scale
         behind = slots[first_new:, None] - slots[None, :]
+        scores = score(torch.einsum("qhd,khd->hqk", q[start:stop].float(), keys), behind)
         visible = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         out[start:stop] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
     return out.flatten(-2)
 
 
+@_meaning("attention")
+def attention(*inputs: Tensor, head_dim: int, scale: float, window: int | None) -> Tensor:
+    return _attend(inputs, head_dim, window, lambda products, _: products * scale)
+
+
+@_meaning("scored_attention")
+def scored_attention(
+    *inputs: Tensor,
+    head_dim: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    slopes: Sequence[float],
+) -> Tensor:
+    def score(products: Tensor, behind: Tensor) -> Tensor:
+        scores = products * scale
+        if soft_cap is not None:
+            scores = torch.tanh(scores / soft_cap) * soft_cap
+        if slopes:
+            scores = scores - torch.tensor(slopes, device=scores.device)[:, None, None] * behind
+        return scores
+
+    return _attend(inputs, head_dim, window, score)
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -170,7 +224,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": F.relu,
+    "relu2": _relu2,
 }
+
+
+@_meaning("activation")
+def activation(x: Tensor, *, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](x)
 
 
 @_meaning("gated_activation")

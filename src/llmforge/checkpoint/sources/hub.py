@@ -86,7 +86,7 @@ def _download(
 
 def _reporter(progress: Progress) -> Any:
     """A stand-in for tqdm that prints nothing and reports bytes to `progress`."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     class Reporter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,8 @@ with the same window.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from llmforge.model.graph import Graph
 Tensor = torch.Tensor
 
 KEY_RUN = 512
-_ROW_TILE = 8
+ROW_TILE = 8
 _QUERY_CHUNK = 128
 
 
@@ -46,7 +47,7 @@ def attention_workspace(graph: Graph, limits: Limits) -> int:
     keys = _whole_runs(limits.max_seq_len)
     gathered, masks = 0, {}
     for node in graph.nodes:
-        if node.op == "attention":
+        if node.op in ("attention", "scored_attention"):
             q, cache = graph.tensors[node.inputs[0]], graph.tensors[node.inputs[3]]
             kv_heads, head_dim = int(cache.shape[2]), int(cache.shape[3])
             itemsize = DTYPE_BYTES[q.dtype]
@@ -58,17 +59,20 @@ def attention_workspace(graph: Graph, limits: Limits) -> int:
 
 
 @dataclass(frozen=True)
-class _Queries:
+class Queries:
     """Rows of the step that attend together, each group over its own run of cache blocks.
 
     rows: which rows of the step. blocks: of the keys [groups, blocks]. num_keys: how many of the
     blocks' keys take part. mask: added to the scores, [groups, 1, rows of the kernel, num_keys].
+    positions: of the queries [groups, queries]. first: the position of the first key [groups].
     """
 
     rows: Tensor | slice
     blocks: Tensor
     num_keys: int
     mask: Tensor
+    positions: Tensor
+    first: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class AttentionPlan:
 
     new_slots: Tensor
     fresh_blocks: Tensor
-    decode: _Queries | None
-    prefill: tuple[_Queries, ...]
+    decode: Queries | None
+    prefill: tuple[Queries, ...]
 
 
 @dataclass(frozen=True)
@@ -119,20 +123,22 @@ class Planner:
             tuple(queries for index in several for queries in self._prefill(index)),
         )
 
-    def _decode(self, sequences: Tensor) -> _Queries:
+    def _decode(self, sequences: Tensor) -> Queries:
         """All sequences with one new token, a group each."""
         position = self.kv_lens[sequences] - 1
         first = self._first_key(position)
         num_keys = _whole_runs(int((position + 1 - first).max()))
         keys = first[:, None] + torch.arange(num_keys)
-        return _Queries(
+        return Queries(
             self.query_starts[sequences],
             self._blocks(sequences, first, num_keys),
             num_keys,
             self._mask(position[:, None], keys)[:, None, None],
+            position[:, None],
+            first,
         )
 
-    def _prefill(self, index: int) -> list[_Queries]:
+    def _prefill(self, index: int) -> list[Queries]:
         """One sequence with several new tokens, in chunks of queries."""
         start, stop = self.query_starts[index : index + 2].tolist()
         before = int(self.kv_lens[index]) - stop
@@ -144,11 +150,14 @@ class Planner:
         for row in range(start, stop, _QUERY_CHUNK):
             end = min(row + _QUERY_CHUNK, stop)
             num_keys = _whole_runs(end + before - int(first))
-            mask = self._mask(
-                torch.arange(row, end)[:, None] + before, first + torch.arange(num_keys)
+            positions = torch.arange(row, end) + before
+            mask = self._mask(positions[:, None], first + torch.arange(num_keys))
+            rows = F.pad(mask.repeat(self.group, 1), (0, 0, 0, odd_rows(self.group * len(mask))))
+            chunks.append(
+                Queries(
+                    slice(row, end), blocks, num_keys, rows[None, None], positions[None], first
+                )
             )
-            rows = F.pad(mask.repeat(self.group, 1), (0, 0, 0, _odd_rows(self.group * len(mask))))
-            chunks.append(_Queries(slice(row, end), blocks, num_keys, rows[None, None]))
         return chunks
 
     def _first_key(self, position: Tensor) -> Tensor:
@@ -175,14 +184,26 @@ def _whole_runs(keys: int) -> int:
     return -(-keys // KEY_RUN) * KEY_RUN
 
 
-def _odd_rows(rows: int) -> int:
+def odd_rows(rows: int) -> int:
     """How many rows are missing to a whole tile."""
-    return -rows % _ROW_TILE
+    return -rows % ROW_TILE
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Queries], Tensor]
 
 
 def attention(inputs: Sequence[Any], attrs: Mapping[str, Any], context: Any) -> tuple[Tensor]:
     """The cpu target's row for the op `attention`. The caches are from `new_cache`;
     ``context.attention_plan`` gives the plan that the step's layers share."""
+    return run_attention(inputs, attrs, context, functools.partial(_attend, scale=attrs["scale"]))
+
+
+def run_attention(
+    inputs: Sequence[Any], attrs: Mapping[str, Any], context: Any, attend: Attend
+) -> tuple[Tensor]:
+    """Plans, stores k and v, and runs the step's queries: ``attend(q, keys, values, queries)``
+    takes q as [groups, queries, heads, head_dim] and the caches as [kv_heads, blocks, block_size,
+    head_dim], and gives [groups * queries, heads, head_dim]."""
     q, k, v, key_cache, value_cache, query_starts, kv_lens, block_table = inputs
     head_dim = attrs["head_dim"]
     q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
@@ -200,11 +221,9 @@ def attention(inputs: Sequence[Any], attrs: Mapping[str, Any], context: Any) -> 
     keys, values = (_store(x, cache, plan) for x, cache in ((k, key_cache), (v, value_cache)))
     out = torch.empty(q.shape, dtype=q.dtype)
     if plan.decode:
-        out[plan.decode.rows] = _attend(
-            q[plan.decode.rows][:, None], keys, values, plan.decode, attrs["scale"]
-        )
+        out[plan.decode.rows] = attend(q[plan.decode.rows][:, None], keys, values, plan.decode)
     for queries in plan.prefill:
-        out[queries.rows] = _attend(q[queries.rows][None], keys, values, queries, attrs["scale"])
+        out[queries.rows] = attend(q[queries.rows][None], keys, values, queries)
     return (out.flatten(-2),)
 
 
@@ -216,8 +235,9 @@ def _store(new: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
     return heads_first
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, queries: _Queries, scale: float) -> Tensor:
-    """q [groups, queries, heads, head_dim] → [groups * queries, heads, head_dim]."""
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, queries: Queries, *, scale: float
+) -> Tensor:
     groups, count, heads, head_dim = q.shape
     kv_heads = len(keys)
 
@@ -228,7 +248,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, queries: _Queries, scale: f
     # [groups, kv_heads, group * queries, head_dim]: row j * queries + i is query i of head j.
     rows = q.view(groups, count, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
     num_rows = rows.shape[2]
-    rows = F.pad(rows, (0, 0, 0, _odd_rows(num_rows)))
+    rows = F.pad(rows, (0, 0, 0, odd_rows(num_rows)))
     out = F.scaled_dot_product_attention(
         rows, gather(keys), gather(values), attn_mask=queries.mask, scale=scale
     )

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from llmforge.engine.cpu.attention import AttentionPlan, Planner, attention
+from llmforge.engine.cpu.scored_attention import scored_attention
 from llmforge.model.reference import ACTIVATIONS, REFERENCE, Context, Meaning
 
 Tensor = torch.Tensor
@@ -66,4 +67,5 @@ KERNELS: dict[str, Meaning] = {
     "add_rms_norm": _add_rms_norm,
     "gated_activation": _gated_activation,
     "attention": attention,
+    "scored_attention": scored_attention,
 }

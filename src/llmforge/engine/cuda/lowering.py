@@ -55,6 +55,7 @@ class Lowering:
         self.operands: dict[str, Operand] = {}
         self.constants: dict[str, tuple[float, ...]] = {}
         self.deferred: dict[str, DeferredNorm] = {}
+        self.streamed = 0  # products by stream_gemm.cu so far
         self._instructions: list[Instruction] = []
         self._buffers: dict[str, int] = {}
         self._sizes = largest_step(limits) | {
@@ -314,7 +315,9 @@ def _product(
         norm_weight=norm.weight if norm else None,
         eps=norm.eps if norm else 0.0,
         activation=activation,
+        alone=low.streamed % 2 == 1,
     )
+    low.streamed += 1
     low.emit(call, computed)
 
 

@@ -50,7 +50,7 @@ class Instruction:
         if isinstance(self.call, Matmul):
             found = (self.call.x, self.call.weight, self.call.bias, self.call.out)
             return [o for o in found if o is not None]
-        return [o for o in self.call.arguments if isinstance(o, Operand)]
+        return [o for o in self.call.arguments if isinstance(o, Operand)]  # weights need no room
 
 
 @dataclass(frozen=True)

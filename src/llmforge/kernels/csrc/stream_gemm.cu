@@ -1,29 +1,26 @@
 // out = x weightᵀ for at most 8 rows of x, as fast as the weights can be read: each is read once, by
-// bulk copies into rings of shared memory that run ahead of the arithmetic, and of the kernel: the
-// first of them are under way while the kernel before still runs.
+// the tensor copy engine into rings of shared memory that run ahead of the arithmetic, and of the
+// kernel: the first of them are under way while the kernel before still runs.
 //
 // A block computes tiles of 16 output features. K is divided among the warps, and among SPLIT
 // blocks; a warp keeps its part of x in registers for all tiles, as the second factor of
 // mma.m16n8k16 (the 8 columns are the rows of x). The last of SPLIT blocks to finish adds their sums,
 // always in the same order.
-//   K: elements of a row. SPLIT. WARPS. CHUNK: elements of a weight row that one bulk copy brings, a
-//   multiple of 32 that divides K / SPLIT / WARPS. STAGES: slots of each warp's ring.
+//   K: elements of a row. SPLIT. WARPS. CHUNK: elements of each of a tile's rows that one copy
+//   brings, a multiple of 64 that divides K / SPLIT / WARPS. STAGES: slots of each warp's ring.
 //   NORM: x is RMSNorm(x) norm_weight, computed on the way in (SPLIT must be 1).
 //   BIAS. RESIDUAL: added to the rounded product. GATED: the weights are those of gate | up, out =
 //   activation(gate) up.
-// x [rows, K]; weight [features, K]; out and residual have row stride out_stride.
-// partial: [SPLIT, tiles, 128] float32; counters: one int a group of SPLIT blocks, zero before and
-// after. Grid: any number of blocks; one or two a multiprocessor fill it.
+// x [rows, K]; `weight` maps [features, K], see launch.py; out and residual have row stride
+// out_stride. partial: [SPLIT, tiles, 128] float32; counters: one int a group of SPLIT blocks, zero
+// before and after. Grid: any number of blocks; one a multiprocessor fills it.
 #include "common.cuh"
 #include "activation.cuh"
 
 #define SLICE (K / SPLIT / WARPS)
 #define CHUNKS (SLICE / CHUNK)
-#define STEPS (CHUNK / 32)
-#define ROW_BYTES (CHUNK * 2)
-// An odd number of 64-byte halves, so that neighbouring rows lie in different banks.
-#define ROW_STRIDE (ROW_BYTES % 128 == 64 ? ROW_BYTES : ROW_BYTES + 64)
-#define STAGE_BYTES (16 * ROW_STRIDE)
+#define BLOCKS (CHUNK / 64)  // of 16 rows of 64 elements: 128 bytes, swizzled
+#define STAGE_BYTES (16 * CHUNK * 2)
 #define THREADS (WARPS * 32)
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -47,42 +44,37 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
         : "memory");
 }
 
-DEVICE void bulk_copy(char* target, const T* source, u32 bytes, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(shared_address(target)),
-        "l"(source), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
-}
+struct alignas(64) TensorMap {
+    char bytes[128];
+};
 
-// The weight row that is row `r` of a tile.
-DEVICE int weight_row(int tile, int r, int features) {
-#if GATED
-    return r < 8 ? tile * 8 + r : features / 2 + tile * 8 + r - 8;
-#else
-    return min(tile * 16 + r, features - 1);
-#endif
+// Copies the box of the tile and the chunk of columns that starts at 64 * block.
+DEVICE void copy_box(char* target, const TensorMap* map, int tile, int block, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(target)),
+        "l"(map), "r"(0), "r"(tile * (GATED ? 8 : 16)), "r"(0), "r"(block),
+        "r"(shared_address(barrier))
+        : "memory");
 }
 
 // A warp's ring of weights: slots are filled in the order in which they are used.
 struct Ring {
     char* slots;
     u64* barriers;
-    const T* weight;  // this warp's columns
-    int features, tiles, step;
+    const TensorMap* weight;
+    int first;  // this warp's first block of columns
+    int tiles, step;
     int tile, chunk;  // the next to be copied
     int slot;
     u32 parity;
 
     DEVICE void fill(int at) {
         if (tile >= tiles) return;
-        const int lane = threadIdx.x % 32;
-        if (lane == 0) barrier_expect(barriers + at, 16 * ROW_BYTES);
-        __syncwarp();
-        if (lane < 16)
-            bulk_copy(slots + at * STAGE_BYTES + lane * ROW_STRIDE,
-                      weight + (size_t)weight_row(tile, lane, features) * K + chunk * CHUNK,
-                      ROW_BYTES, barriers + at);
+        if (threadIdx.x % 32 == 0) {
+            barrier_expect(barriers + at, STAGE_BYTES);
+            copy_box(slots + at * STAGE_BYTES, weight, tile, first + chunk * BLOCKS, barriers + at);
+        }
         if (++chunk == CHUNKS) chunk = 0, tile += step;
     }
     DEVICE const char* wait() {
@@ -96,14 +88,16 @@ struct Ring {
     }
 };
 
-// This lane's elements of x, in the layout of the second factor: row g, 8 elements of every 32.
+// This lane's elements of x, in the layout of the second factor: row g, of every 64 elements the 16
+// from 16 t on. (The order of k is free as long as both factors agree; this one makes the lanes'
+// reads of the swizzled weights fall into different banks.)
 DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, int count,
                    int first, float eps) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const T* row = rows + (size_t)g * K + first + t * 8;
+    const T* row = rows + (size_t)g * K + first + t * 16;
 #pragma unroll
     for (int i = 0; i < SLICE / 32; i++)
-        x[i] = g < count ? *(const uint4*)(row + 32 * i) : make_uint4(0, 0, 0, 0);
+        x[i] = g < count ? *(const uint4*)(row + i / 2 * 64 + i % 2 * 8) : make_uint4(0, 0, 0, 0);
 #if NORM
     __shared__ float sums[WARPS][8];
     float squares = 0;
@@ -135,8 +129,8 @@ DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, 
         // Volatile, and fenced every few loads: all of them at once would not fit either.
         asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                     : "l"(norm_weight + first + t * 8 + 32 * i));
-        if (i % 2) __syncwarp();
+                     : "l"(norm_weight + first + t * 16 + i / 2 * 64 + i % 2 * 8));
+        __syncwarp();
         x[i] = make_uint4(normed(x[i].x, w.x), normed(x[i].y, w.y), normed(x[i].z, w.z),
                           normed(x[i].w, w.w));
     }
@@ -179,10 +173,10 @@ struct Output {
 #define OUTPUTS (GATED ? 64 : 128)  // elements of a tile that are stored
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-stream_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
-            const T* norm_weight, float* partial, int* counters, int rows, int features,
-            int out_stride, float eps) {
-    extern __shared__ __align__(128) char slots[];
+stream_gemm(T* out, const T* x, const __grid_constant__ TensorMap weight, const T* bias,
+            const T* residual, const T* norm_weight, float* partial, int* counters, int rows,
+            int features, int out_stride, float eps) {
+    extern __shared__ char unaligned[];
     __shared__ u64 barriers[WARPS * STAGES];
     __shared__ float sums[2][WARPS][128];
     let_next_start();
@@ -193,8 +187,10 @@ stream_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residua
     if (lane < STAGES) barrier_init(barriers + warp * STAGES + lane);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncwarp();
-    Ring ring{slots + warp * STAGES * STAGE_BYTES, barriers + warp * STAGES, weight + first,
-              features, tiles, groups, group, 0, 0, 0};
+    // The swizzle pattern starts anew every 1024 bytes of shared memory.
+    char* slots = unaligned + (-shared_address(unaligned) & 1023);
+    Ring ring{slots + warp * STAGES * STAGE_BYTES, barriers + warp * STAGES, &weight, first / 64,
+              tiles, groups, group, 0, 0, 0};
     for (int i = 0; i < STAGES; i++) ring.fill(i);
     wait_for_previous();
     uint4 kept[SLICE / 32];
@@ -205,12 +201,12 @@ stream_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residua
         float acc[4][4] = {};
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
-            const char* low = ring.wait() + g * ROW_STRIDE + t * 16;
-            const char* high = low + 8 * ROW_STRIDE;
+            const char* low = ring.wait() + g * 128;
 #pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                const uint4 a = *(const uint4*)(low + 64 * s), b = *(const uint4*)(high + 64 * s);
-                const uint4 v = kept[c * STEPS + s];
+            for (int s = 0; s < 2 * BLOCKS; s++) {
+                const char* at = low + s / 2 * 2048 + ((2 * t + s % 2) ^ g) * 16;
+                const uint4 a = *(const uint4*)at, b = *(const uint4*)(at + 1024);
+                const uint4 v = kept[c * 2 * BLOCKS + s];
                 mma(acc[s % 2 * 2], a.x, b.x, a.y, b.y, v.x, v.y);
                 mma(acc[s % 2 * 2 + 1], a.z, b.z, a.w, b.w, v.z, v.w);
             }
