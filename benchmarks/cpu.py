@@ -135,7 +135,9 @@ def compare(
         ours.append(measure_llmforge(str(scratch / "engine"), input_len, batch_sizes))
     floor = weight_bytes / statistics.median(bandwidths)
 
-    def case(name: str, mine: list[float], peer: list[float], bound: float | None) -> dict[str, Any]:
+    def case(
+        name: str, mine: list[float], peer: list[float], bound: float | None
+    ) -> dict[str, Any]:
         a, b = statistics.median(mine), statistics.median(peer)
         row = {"case": name, "llmforge_ms": a * 1e3, "transformers_ms": b * 1e3, "speedup": b / a}
         if bound is not None:
@@ -150,7 +152,9 @@ def compare(
             if row["batch_size"] == batch
         ]
 
-    cases = [case(f"prefill {input_len} tokens", mine(1, "ttft"), [t["ttft"] for t in theirs], None)]
+    cases = [
+        case(f"prefill {input_len} tokens", mine(1, "ttft"), [t["ttft"] for t in theirs], None)
+    ]
     cases += [
         case(f"decode, batch {b}", mine(b, "tpot"), [t["tpot"][str(b)] for t in theirs], floor)
         for b in batch_sizes

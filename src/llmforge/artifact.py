@@ -1,7 +1,7 @@
 """A directory with a manifest, written whole or not at all: what convert and build leave behind.
 
 The files are written into a hidden sibling, `.NAME.partial`, and the manifest last, with the size
-and SHA-256 of each of them. Then the sibling is renamed to its place. So a directory that has a
+and checksum of each of them. Then the sibling is renamed to its place. So a directory that has a
 manifest is complete, and a run that fails or is killed leaves nothing at the output path.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
+from llmforge import checksum
 from llmforge.errors import OutputError, StoreError
 from llmforge.guard import FileLock, sigterm_raises
 
@@ -187,9 +188,9 @@ class ArtifactWriter:
         self._needed = nbytes
         check_free_space(self.output, nbytes)
 
-    def record(self, relative: str, size: int, sha256: str) -> None:
+    def record(self, relative: str, size: int, digest: str) -> None:
         """Take over the checksum of a file that was hashed while it was written."""
-        self._recorded[relative] = (size, sha256)
+        self._recorded[relative] = (size, digest)
 
     def commit(self, manifest: Mapping[str, Any]) -> Manifest:
         """Write the manifest, with the entry `files` added, and put the directory in its place.
@@ -205,7 +206,7 @@ class ArtifactWriter:
                 self._recorded.pop(relative) if relative in self._recorded else _hash_file(path)
             )
             assert size == path.stat().st_size, f"{path} has another size than was recorded"
-            files[relative] = {"size": size, "sha256": digest}
+            files[relative] = {"size": size, checksum.NAME: digest}
             _fsync(path)
         assert not self._recorded, f"recorded, but not written: {sorted(self._recorded)}"
         data = {**manifest, "files": files}
@@ -293,7 +294,7 @@ def _digest(data: bytes) -> str:
 
 
 def _hash_file(path: Path, advance: Callable[[int], None] = lambda n: None) -> tuple[int, str]:
-    digest = hashlib.sha256()
+    digest = checksum.new_checksum()
     size = 0
     buffer = memoryview(bytearray(_HASH_CHUNK))
     with open(path, "rb", buffering=0) as file:
@@ -318,9 +319,9 @@ class Manifest:
 
     @property
     def files(self) -> dict[str, tuple[int, str]]:
-        """Size and SHA-256 of each file, by its path in the directory."""
+        """Size and checksum of each file, by its path in the directory."""
         entries = self.data["files"].items()
-        return {name: (entry["size"], entry["sha256"]) for name, entry in entries}
+        return {name: (entry["size"], entry[checksum.NAME]) for name, entry in entries}
 
 
 def read_manifest(directory: Path, manifest_name: str, kind: str, format_version: int) -> Manifest:
@@ -386,14 +387,8 @@ def _check_manifest(path: Path, data: Any, kind: str, format_version: int) -> No
 def _is_file_entry(name: Any, entry: Any) -> bool:
     if not (isinstance(name, str) and isinstance(entry, dict)):
         return False
-    size, digest = entry.get("size"), entry.get("sha256")
-    return (
-        stays_inside(name)
-        and type(size) is int
-        and size >= 0
-        and isinstance(digest, str)
-        and len(digest) == 64
-    )
+    size, digest = entry.get("size"), entry.get(checksum.NAME)
+    return stays_inside(name) and type(size) is int and size >= 0 and checksum.is_checksum(digest)
 
 
 def stays_inside(relative: str) -> bool:

@@ -151,4 +151,4 @@ class MpiComm:
 
     def _buffer(self, array: Array) -> list[Any]:
         assert array.flags.c_contiguous, "MPI moves contiguous arrays only"
-        return [memoryview(array.reshape(-1).view("u1")), self._byte]
+        return [array.reshape(-1).view("u1").data, self._byte]

@@ -7,7 +7,6 @@ memory of the process; reading into fresh arrays keeps what a reader holds count
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from llmforge.checksum import new_checksum
 from llmforge.errors import LlmforgeError, StoreError
 
 Array = NDArray[Any]
@@ -260,7 +260,7 @@ class SafetensorsWriter:
     """Writes a safetensors file of tensors that are known in advance, in one pass.
 
     `tensors` lists (name, dtype, shape); they are written in that order, then `close` is called.
-    The SHA-256 of the file is computed meanwhile in a second thread. The data starts at a
+    Its checksum is computed meanwhile in a second thread. The data starts at a
     multiple of 64 bytes. Raises OSError, with the path, where writing fails.
     """
 
@@ -274,9 +274,9 @@ class SafetensorsWriter:
         self._pending = deque(tensors)
         self._written = 0  # elements of the first pending tensor
         self._size = 0
-        self._digest = hashlib.sha256()
+        self._digest = new_checksum()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="checksum")
         self._append(memoryview(_header(tensors, metadata)), None)
 
     def write(self, name: str, array: Array) -> None:
@@ -309,7 +309,7 @@ class SafetensorsWriter:
         return not self._pending
 
     def close(self) -> tuple[int, str]:
-        """Finish the file: its size and SHA-256."""
+        """Finish the file: its size and checksum."""
         assert self.complete, f"{len(self._pending)} tensors were not written"
         self.abandon()
         return self._size, self._digest.hexdigest()

@@ -26,7 +26,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from llmforge.errors import SettingsError
 
@@ -221,8 +221,7 @@ _KINDS: dict[type[Any], dict[str, Kind]] = {}  # made as they are asked for
 _MODEL_KEYS = ("from_config", "random_weights", "seed")
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What values a field takes: `base` (int, float, str or bool), many of them in a tuple where
     `repeated`, None as well where `optional`."""
 

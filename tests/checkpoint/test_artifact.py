@@ -219,9 +219,9 @@ def test_what_a_directory_is_instead(tmp_path: Path) -> None:
         ({"format_version": "1"}, "format_version is '1'"),
         ({"format_version": None}, "format_version is None"),
         ({"files": None}, "has no list of files"),
-        ({"files": {"../evil": {"size": 1, "sha256": "0" * 64}}}, r"not valid .*: \.\./evil"),
-        ({"files": {"/etc/x": {"size": 1, "sha256": "0" * 64}}}, "not valid .*: /etc/x"),
-        ({"files": {"a": {"size": -1, "sha256": "0" * 64}}}, "not valid .*: a"),
+        ({"files": {"../evil": {"size": 1, "xxh3_128": "0" * 32}}}, r"not valid .*: \.\./evil"),
+        ({"files": {"/etc/x": {"size": 1, "xxh3_128": "0" * 32}}}, "not valid .*: /etc/x"),
+        ({"files": {"a": {"size": -1, "xxh3_128": "0" * 32}}}, "not valid .*: a"),
         ({"files": {"a": 5}}, "not valid .*: a"),
     ],
 )

@@ -192,4 +192,4 @@ def test_a_user_error_is_said_once(here: Path) -> None:
     )
     assert done.returncode != 0 and done.stdout == ""
     assert done.stderr.count("error: ") == 1
-    assert done.stderr.startswith("error: cannot read prompts from none.jsonl: No such file")
+    assert "error: cannot read prompts from none.jsonl: No such file" in done.stderr

@@ -53,10 +53,10 @@ def finish(command: list[str], stdin: bytes | None) -> subprocess.CompletedProce
 def own_lines(stderr: str) -> list[str]:
     """What is not Open MPI's: it frames its messages with dashes."""
     lines, framed = [], False
-    for line in stderr.splitlines():
+    for line in stderr.replace("\0", "").splitlines():
         if line.startswith("-----"):
             framed = not framed
-        elif not framed and line.strip("\0 ") and not line.startswith("["):
+        elif not framed and line.strip() and not line.startswith("["):
             lines.append(line)
     return lines
 
@@ -234,3 +234,24 @@ def test_commands_are_shown_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     shown = ranks._command_shown(2)
     assert shown.startswith(r"mpirun -n 2 llmforge run e --prompt $'It\'s\nso' 'a b' yyy")
     assert len(shown) < 300
+
+
+def test_what_mpirun_says_is_kept_back(capsys: pytest.CaptureFixture[str]) -> None:
+    relay = ranks._Relay()
+    frame = "-" * 74 + "\n"
+    for line in (
+        "\0warning: from a rank\n",
+        frame,
+        "There are not enough slots available\n",
+        "in the system to satisfy the 3 slots.\n",
+        frame,
+        "\0\n",
+        "[host:123] PMIX ERROR: noise\n",
+    ):
+        relay.feed(line)
+    assert capsys.readouterr().err == "warning: from a rank\n"
+    assert not relay.reported
+    assert "status 1: There are not enough slots available in the system" in relay.reason(1)
+    relay.feed(frame)
+    relay.feed("error: rank 1: in the midst of it\n")
+    assert relay.reported and capsys.readouterr().err == "error: rank 1: in the midst of it\n"

@@ -1,7 +1,6 @@
 """The cpu target's attention against the op's plain meaning, over random paged layouts."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,8 +54,7 @@ def step_inputs(
         cache[:-1] = torch.nan
     for row, count in enumerate(blocks):
         table[row, :count], ids = ids[:count], ids[count:]
-        new, before = lengths[row]
-        for position in range(before):
+        for position in range(lengths[row][1]):
             block = table[row, position // block_size]
             if position % block_size == 0:
                 for cache in caches:

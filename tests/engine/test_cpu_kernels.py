@@ -29,8 +29,10 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, roundings: float) ->
 def test_kernels_that_differ_from_the_reference(rows: int, dtype: torch.dtype) -> None:
     x, y = random(rows, 96, dtype=dtype), random(rows, 96, dtype=dtype, seed=1)
     cases = {
-        "rms_norm": [([x, random(96, dtype=dtype, seed=2)], {"eps": 1e-5})]
-        + [([x, random(24, dtype=dtype, seed=2)], {"eps": 1e-5})],
+        "rms_norm": [
+            ([x, random(96, dtype=dtype, seed=2)], {"eps": 1e-5}),
+            ([x, random(24, dtype=dtype, seed=2)], {"eps": 1e-5}),
+        ],
         "add_rms_norm": [([x, y, random(96, dtype=dtype, seed=2)], {"eps": 1e-5})],
         "gated_activation": [
             ([x, y], {"activation": name}) for name in ("silu", "gelu", "gelu_tanh", "relu")

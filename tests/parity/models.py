@@ -92,6 +92,10 @@ CASES = [
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     ),
     Case("qwen3", "Qwen3", {"head_dim": 16}),
-    Case("qwen3-tied-bias", "Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+    Case(
+        "qwen3-tied-bias",
+        "Qwen3",
+        {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True},
+    ),
 ]
 BY_NAME = {case.name: case for case in CASES}

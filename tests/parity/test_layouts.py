@@ -13,11 +13,11 @@ from thread_comm import run_ranks
 from llmforge.checkpoint.convert import convert
 from llmforge.comm import Comm
 from llmforge.engine.build import build
+from llmforge.engine.step import SamplingParams
 from llmforge.engine.store import Engine
 from llmforge.engine.target import target
 from llmforge.runtime.generate import follow, generate
 from llmforge.runtime.requests import Request
-from llmforge.engine.step import SamplingParams
 from llmforge.settings import BuildSettings, ConvertSettings
 
 LAYOUTS = [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2)]

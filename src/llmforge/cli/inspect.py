@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmforge import checksum
 from llmforge.cli.options import PATH, json_option
 from llmforge.errors import SettingsError
 
@@ -91,8 +92,8 @@ def _print_summary(opened: Checkpoint | Engine) -> None:
         )
     print_table(
         "Files",
-        ("file", "size", "sha256"),
-        [(name, size_text(e["size"]), e["sha256"]) for name, e in files.items()],
+        ("file", "size", checksum.NAME),
+        [(name, size_text(e["size"]), e[checksum.NAME]) for name, e in files.items()],
         right=(1,),
     )
 

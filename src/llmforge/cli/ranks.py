@@ -29,6 +29,7 @@ _FRAME = re.compile(r"^-{60,}$")
 _NOISE = re.compile(r"^\[[\w.-]+:\d+\] |^Abort is in progress")
 _KILLED = re.compile(r"rank (\d+) .*?exited on signal (\d+)")
 _EXITED = re.compile(r"Process name: \[[^\]]*,(\d+)\] Exit code: (\d+)")
+_OURS = ("error: ", "internal error: ")
 _PR_SET_PDEATHSIG = 1
 _SHOWN_LENGTH = 200
 
@@ -204,15 +205,18 @@ class _Relay:
         self._framed = False
 
     def feed(self, line: str) -> None:
-        if _FRAME.match(line):
+        line = line.replace("\0", "")  # Open MPI ends its messages with one
+        if line.startswith(_OURS):
+            self.reported = True
+        elif _FRAME.match(line):
             self._framed = not self._framed
-        elif self._framed or _NOISE.match(line):
+            return
+        elif self._framed or _NOISE.match(line) or (self._held and not line.strip()):
             self._held.append(line)
-        elif line.strip("\0\n ") or not self._held:  # Open MPI ends its messages with a NUL line
-            self.reported |= line.startswith(("error: ", "internal error: "))
-            with contextlib.suppress(OSError):
-                sys.stderr.write(line)
-                sys.stderr.flush()
+            return
+        with contextlib.suppress(OSError):
+            sys.stderr.write(line)
+            sys.stderr.flush()
 
     def reason(self, status: int) -> str:
         """Why the job failed, of what Open MPI said."""

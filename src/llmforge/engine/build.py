@@ -59,11 +59,13 @@ def build(
         writer.require_space(total)
         done = 0
         for rank, graph in zip(ranks, graphs, strict=True):
-            weights = _Reported(RankWeights(checkpoint, topology, rank), progress, rank, done, total)
+            weights = _Reported(
+                RankWeights(checkpoint, topology, rank), progress, rank, done, total
+            )
             directory = rank_directory(writer.directory, rank)
             directory.mkdir()
-            for name, (size, sha256) in target.compile(graph, weights, limits, directory).items():
-                writer.record(f"{directory.name}/{name}", size, sha256)
+            for name, (size, checksum) in target.compile(graph, weights, limits, directory).items():
+                writer.record(f"{directory.name}/{name}", size, checksum)
             done += on_disk[rank]
         tokenizer = checkpoint.directory / "tokenizer"
         if tokenizer.is_dir():
@@ -121,9 +123,7 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
         )
 
 
-def resolve_limits(
-    config: ModelConfig, settings: BuildSettings, warn: Warn
-) -> Limits:
+def resolve_limits(config: ModelConfig, settings: BuildSettings, warn: Warn) -> Limits:
     """The engine's limits, with what was left open decided. Raises SettingsError."""
     max_seq_len = settings.max_seq_len or min(config.max_position, 4096)
     if max_seq_len > config.max_position:
@@ -160,8 +160,8 @@ def _check_memory(plans: Sequence[MemoryPlan], limit_gb: float | None) -> None:
     rank, plan = max(enumerate(plans), key=lambda item: item[1].total)
     if limit_gb is not None and plan.total > limit_gb * GB:
         raise MemoryLimitError(
-            f"rank {rank} needs {plan.total / GB:.2f} GB (weights {plan.weights / GB:.2f}, KV cache "
-            f"{plan.kv_cache / GB:.2f}, activations {plan.activations / GB:.2f}), more than the "
+            f"rank {rank} needs {plan.total / GB:.2f} GB (weights {plan.weights / GB:.2f}, KV "
+            f"cache {plan.kv_cache / GB:.2f}, activations {plan.activations / GB:.2f}), more than the "
             f"limit of {limit_gb:g} GB; use more ranks, or lower max_batch_size, max_seq_len, "
             "max_num_tokens or kv_cache_tokens"
         )

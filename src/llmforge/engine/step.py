@@ -13,7 +13,7 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine was built for. One rank's KV cache holds ``num_blocks * block_size`` tokens."""
+    """What an engine was built for. A rank's KV cache holds ``num_blocks * block_size`` tokens."""
 
     max_batch_size: int
     max_seq_len: int

@@ -1,9 +1,9 @@
 """The engine directory: engine.yaml, a directory a rank, and the tokenizer.
 
-    engine.yaml            kind, format_version, target, topology, limits, model config, memory,
-                           the checkpoint's digest, a checksum for every file
-    rank0/ ... rankN/      what the target's `compile` wrote
-    tokenizer/             as in the checkpoint
+engine.yaml            kind, format_version, target, topology, limits, model config, memory,
+                       the checkpoint's digest, a checksum for every file
+rank0/ ... rankN/      what the target's `compile` wrote
+tokenizer/             as in the checkpoint
 """
 
 from __future__ import annotations

@@ -68,12 +68,10 @@ class Target(Protocol):
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         """Write a rank's artifact into the empty directory `out`. `graph` is prepared.
-        Returns size and SHA-256 of the files that were hashed as they were written."""
+        Returns size and checksum of the files that were hashed as they were written."""
         ...
 
-    def load(
-        self, directory: Path, topology: Topology, limits: Limits, comm: Comm
-    ) -> Executable:
+    def load(self, directory: Path, topology: Topology, limits: Limits, comm: Comm) -> Executable:
         """The executable of this rank from the directory that `compile` wrote.
         `comm` holds all ranks of the engine. Raises StoreError where a file is corrupt."""
         ...

@@ -54,6 +54,10 @@ class Module:
         self._module = check(driver.cuModuleLoadData(image + b"\0"))
         self.function = check(driver.cuModuleGetFunction(self._module, entry.encode()))
         self._shared = 48 * 1024
+        # The same split of shared memory and L1 cache for all kernels: blocks of two kernels can
+        # share a multiprocessor only where both want the same, and changing it drains it.
+        name = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        check(driver.cuFuncSetAttribute(self.function, name, 100))
 
     def allow_shared(self, nbytes: int) -> None:
         """Let launches use this much dynamic shared memory."""

@@ -42,6 +42,11 @@ class Parameter(Tensor):
 
     parts: tuple[str, ...] = ()
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape, which has no symbolic dimension."""
+        return tuple(int(size) for size in self.shape)
+
 
 @dataclass(frozen=True)
 class Node:

@@ -9,7 +9,9 @@ from llmforge.model.graph import Graph, Node, Parameter, Tensor
 Pass = Callable[[Graph], Graph]
 
 
-def apply(graph: Graph, passes: Iterable[Pass], dump: Callable[[str, Graph], None] | None = None) -> Graph:
+def apply(
+    graph: Graph, passes: Iterable[Pass], dump: Callable[[str, Graph], None] | None = None
+) -> Graph:
     """The graph after all passes. `dump` sees the graph after each, with the pass's name."""
     for rewrite in passes:
         graph = rewrite(graph)
@@ -39,7 +41,9 @@ def merge_linears(graph: Graph) -> Graph:
         weight = _joined(graph, names)
         bias = _joined(graph, [n.inputs[2] for n in nodes]) if nodes[0].inputs[2] else None
         x = graph.tensors[nodes[0].inputs[0]]
-        output = Tensor("+".join(n.outputs[0] for n in nodes), (*x.shape[:-1], weight.shape[0]), x.dtype)
+        output = Tensor(
+            "+".join(n.outputs[0] for n in nodes), (*x.shape[:-1], weight.shape[0]), x.dtype
+        )
         sizes = [graph.tensors[n.outputs[0]].shape[-1] for n in nodes]
         linear = Node("linear", (x.name, weight.name, bias.name if bias else ""), (output.name,))
         split = Node("split", (output.name,), tuple(n.outputs[0] for n in nodes), {"sizes": sizes})

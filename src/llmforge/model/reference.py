@@ -7,6 +7,7 @@ where a comment says otherwise.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ def _meaning(
 def embed(ids: Tensor, weight: Tensor, *, start: int) -> Tensor:
     local = ids.long() - start
     held = (local >= 0) & (local < weight.shape[0])
-    rows = F.embedding(local.clamp(0, weight.shape[0] - 1), weight)
+    rows: Tensor = F.embedding(local.clamp(0, weight.shape[0] - 1), weight)
     return rows * held[:, None].to(rows.dtype)
 
 
@@ -97,9 +98,7 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 @_meaning("rms_norm_by")
-def rms_norm_by(
-    x: Tensor, square_sum: Tensor, weight: Tensor, *, eps: float, size: int
-) -> Tensor:
+def rms_norm_by(x: Tensor, square_sum: Tensor, weight: Tensor, *, eps: float, size: int) -> Tensor:
     normed = x.float() * torch.rsqrt(square_sum / size + eps)
     return normed.to(x.dtype) * weight
 
@@ -168,7 +167,7 @@ def _attend(
     group = q.shape[1] // k.shape[1]
     out = torch.empty_like(q)
     bounds = query_starts.tolist()
-    for sequence, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for sequence, (start, stop) in enumerate(itertools.pairwise(bounds)):
         kv_len = int(kv_lens[sequence])
         slots = torch.arange(kv_len, device=q.device)
         blocks = block_table[sequence].long()[slots // block_size]

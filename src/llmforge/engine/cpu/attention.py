@@ -143,9 +143,7 @@ class Planner:
         start, stop = self.query_starts[index : index + 2].tolist()
         before = int(self.kv_lens[index]) - stop
         first = self._first_key(torch.tensor([start + before]))
-        blocks = self._blocks(
-            torch.tensor([index]), first, _whole_runs(stop + before - int(first))
-        )
+        blocks = self._blocks(torch.tensor([index]), first, _whole_runs(stop + before - int(first)))
         chunks = []
         for row in range(start, stop, _QUERY_CHUNK):
             end = min(row + _QUERY_CHUNK, stop)
@@ -154,9 +152,7 @@ class Planner:
             mask = self._mask(positions[:, None], first + torch.arange(num_keys))
             rows = F.pad(mask.repeat(self.group, 1), (0, 0, 0, odd_rows(self.group * len(mask))))
             chunks.append(
-                Queries(
-                    slice(row, end), blocks, num_keys, rows[None, None], positions[None], first
-                )
+                Queries(slice(row, end), blocks, num_keys, rows[None, None], positions[None], first)
             )
         return chunks
 
@@ -235,9 +231,7 @@ def _store(new: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
     return heads_first
 
 
-def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, queries: Queries, *, scale: float
-) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, queries: Queries, *, scale: float) -> Tensor:
     groups, count, heads, head_dim = q.shape
     kv_heads = len(keys)
 
@@ -252,5 +246,5 @@ def _attend(
     out = F.scaled_dot_product_attention(
         rows, gather(keys), gather(values), attn_mask=queries.mask, scale=scale
     )
-    heads_first = out[:, :, :num_rows].unflatten(2, (-1, count))
+    heads_first: Tensor = out[:, :, :num_rows].unflatten(2, (-1, count))
     return heads_first.permute(0, 3, 1, 2, 4).reshape(-1, heads, head_dim)

@@ -29,8 +29,9 @@ class StepContext(Context):
         of them."""
         key = tuple(layer.values())
         if key not in self._plans:
-            step = (x.long() for x in (query_starts, kv_lens, block_table))
-            self._plans[key] = Planner(*step, **layer).plan()
+            self._plans[key] = Planner(
+                query_starts.long(), kv_lens.long(), block_table.long(), **layer
+            ).plan()
         return self._plans[key]
 
 
@@ -43,7 +44,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rms_norm(inputs: Sequence[Any], attrs: Mapping[str, Any], _: Context) -> tuple[Tensor]:
-    return (rms_norm(*inputs, attrs["eps"]),)
+    x, weight = inputs
+    return (rms_norm(x, weight, attrs["eps"]),)
 
 
 def _add_rms_norm(
@@ -54,9 +56,7 @@ def _add_rms_norm(
     return total, rms_norm(total, weight, attrs["eps"])
 
 
-def _gated_activation(
-    inputs: Sequence[Any], attrs: Mapping[str, Any], _: Context
-) -> tuple[Tensor]:
+def _gated_activation(inputs: Sequence[Any], attrs: Mapping[str, Any], _: Context) -> tuple[Tensor]:
     gate, up = inputs
     return (ACTIVATIONS[attrs["activation"]](gate).mul_(up),)
 

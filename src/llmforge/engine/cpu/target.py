@@ -56,15 +56,13 @@ class CpuTarget:
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())
-        entries = [(p.name, p.dtype, p.shape) for p in graph.parameters]
+        entries = [(p.name, p.dtype, p.sizes) for p in graph.parameters]
         with SafetensorsWriter(out / WEIGHTS_FILE, entries, {"format": "pt"}) as writer:
             for parameter in graph.parameters:
                 writer.write(parameter.name, weights.read(parameter))
             return {WEIGHTS_FILE: writer.close()}
 
-    def load(
-        self, directory: Path, topology: Topology, limits: Limits, comm: Comm
-    ) -> Executable:
+    def load(self, directory: Path, topology: Topology, limits: Limits, comm: Comm) -> Executable:
         return CpuExecutable(directory, topology, limits, comm)
 
 
@@ -99,9 +97,7 @@ class CpuExecutable:
             if isinstance(dim, str)
         }
         with torch.inference_mode():
-            outputs = self._executor.run(
-                inputs, StepContext(self._comm, self._tensor_group, sizes)
-            )
+            outputs = self._executor.run(inputs, StepContext(self._comm, self._tensor_group, sizes))
         if self._comm.rank != 0:
             return StepResult()
         return StepResult(logits=outputs[0].float().numpy())
