@@ -30,6 +30,8 @@ def work(comm: Comm, stdin: bytes | None) -> int:
         print(sum(comm.gather(comm.rank)), flush=True)
     if DEED == "all raise":
         raise RequestError("alike")
+    while DEED == "talk":
+        print("more", flush=True)
     if DEED == "sleep":
         Path(sys.argv[3], str(os.getpid())).touch()
         time.sleep(60)

@@ -255,3 +255,15 @@ def test_what_mpirun_says_is_kept_back(capsys: pytest.CaptureFixture[str]) -> No
     relay.feed(frame)
     relay.feed("error: rank 1: in the midst of it\n")
     assert relay.reported and capsys.readouterr().err == "error: rank 1: in the midst of it\n"
+
+
+@needs_mpi
+def test_a_reader_that_has_enough() -> None:
+    with subprocess.Popen(
+        [sys.executable, PROGRAM, "2", "talk"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert len(process.stderr.read().splitlines()) == 1  # "starting 2 ranks: ..."
+        assert process.wait(LIMIT) == 141

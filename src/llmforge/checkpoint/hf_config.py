@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 # The rope types that `read_rope` reads.
 _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -52,25 +53,37 @@ class Fields:
     """The fields of a JSON object, each read with the type it must have.
 
     A field that is absent or null has the default; without a default it is an error. `inside` is
-    the name of the object within the file. Raises SourceError naming file, field and value.
+    the name of the object within the file; `aliases` other spellings of fields, which are read
+    where the usual one is absent. Raises SourceError naming file, field and value.
     """
 
     path: Path
     data: Mapping[str, Any]
     inside: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def spelling(self, name: str) -> str:
+        """The name under which the file has, or should have, the field."""
+        alias = self.aliases.get(name, name)
+        return name if name in self.data and alias not in self.data else alias
+
+    def label(self, name: str) -> str:
+        spelling = self.spelling(name)
+        return f"{self.inside}.{spelling}" if self.inside else spelling
 
     def has(self, name: str) -> bool:
-        return self.data.get(name) is not None
+        return self.data.get(self.spelling(name)) is not None
 
     def bad(self, name: str, expected: str) -> SourceError:
-        field = f"{self.inside}.{name}" if self.inside else name
+        label = self.label(name)
         if not self.has(name):
-            return SourceError(f"{self.path}: the field {field} is missing; it must be {expected}")
-        return SourceError(f"{self.path}: {field} must be {expected}, not {self.data[name]!r}")
+            return SourceError(f"{self.path}: the field {label} is missing; it must be {expected}")
+        value = self.data[self.spelling(name)]
+        return SourceError(f"{self.path}: {label} must be {expected}, not {value!r}")
 
     def _get(self, name: str, default: Any, expected: str) -> Any:
         if self.has(name):
-            return self.data[name]
+            return self.data[self.spelling(name)]
         if default is _REQUIRED:
             raise self.bad(name, expected)
         return default
@@ -90,6 +103,16 @@ class Fields:
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise self.bad(name, "a positive number")
         return float(value)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of positive finite numbers."""
+        expected = f"a list of {count} positive numbers"
+        values = self._get(name, _REQUIRED, expected)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.bad(name, expected)
+        if not all(type(v) in (int, float) and 0 < v < math.inf for v in values):
+            raise self.bad(name, expected)
+        return tuple(map(float, values))
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
         value = self._get(name, default, "true or false")
@@ -143,8 +166,11 @@ def read_dtype(fields: Fields) -> str:
     return name
 
 
-def read_rope(fields: Fields, head_dim: int, max_position: int, theta: float) -> RopeConfig:
-    """The rotary embedding; `theta` is the family's default base.
+def read_rope(
+    fields: Fields, head_dim: int, max_position: int, theta: float, share: float = 1.0
+) -> RopeConfig:
+    """The rotary embedding; `theta` is the family's default base, `share` that part of each head
+    which is rotated by default.
 
     Where both spellings are present `rope_scaling` wins, as in transformers
     (modeling_rope_utils.py, RotaryEmbeddingConfigMixin), from which the defaults are too.
@@ -156,14 +182,27 @@ def read_rope(fields: Fields, head_dim: int, max_position: int, theta: float) ->
             f"{fields.path}: rotary embeddings that differ by layer type "
             f"({', '.join(nested)}) are not supported"
         )
+    return parse_rope(rope, fields, head_dim, max_position, theta, share)
+
+
+def parse_rope(
+    rope: Fields,
+    fields: Fields,
+    head_dim: int,
+    max_position: int,
+    theta: float,
+    share: float = 1.0,
+) -> RopeConfig:
+    """`read_rope` for the object `rope` of the file."""
     scaling = rope.text("rope_type", rope.text("type", "default"))
+    scaling = "longrope" if scaling == "su" else scaling  # its first name
     if scaling not in _ROPE_TYPES:
         raise UnsupportedModelError(
             f"{fields.path}: the rope type {scaling!r} is not supported; "
             f"supported: {', '.join(_ROPE_TYPES)}"
         )
     theta = rope.number("rope_theta", fields.number("rope_theta", theta))
-    share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", share))
     dim = int(head_dim * share)
     if dim % 2 or not 0 < dim <= head_dim:
         raise SourceError(
@@ -188,6 +227,18 @@ def read_rope(fields: Fields, head_dim: int, max_position: int, theta: float) ->
             raise rope.bad("high_freq_factor", f"more than low_freq_factor ({low:g})")
         return RopeConfig(theta, dim, scaling, rope.number("factor"), original, low, high)
     factor = rope.number("factor", max_position / original)
+    if scaling == "longrope":
+        stretch = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return RopeConfig(
+            theta,
+            dim,
+            scaling,
+            factor,
+            original,
+            attention_factor=rope.number("attention_factor", stretch),
+            short_factor=rope.numbers("short_factor", dim // 2),
+            long_factor=rope.numbers("long_factor", dim // 2),
+        )
     return RopeConfig(
         theta,
         dim,
@@ -219,17 +270,24 @@ def _yarn_attention_factor(rope: Fields, factor: float) -> float:
 def read_layer_windows(
     fields: Fields, layers: int, default_window: int, default_first_layer: int
 ) -> tuple[int | None, ...]:
-    """Sliding windows of the models that have them on some layers: switched on by
+    """Sliding windows of models where they are switched on by
     `use_sliding_window`, placed by `layer_types` or from `max_window_layers` on."""
     window = None
     if fields.flag("use_sliding_window", False) and fields.data.get("sliding_window", True):
         window = fields.integer("sliding_window", default_window)
-    if not fields.has("layer_types"):
-        first = fields.integer("max_window_layers", default_first_layer, minimum=0)
-        return tuple(window if layer >= first else None for layer in range(layers))
-    types = fields.data["layer_types"]
-    if not isinstance(types, list) or len(types) != layers:
-        raise fields.bad("layer_types", f"a list of {layers} names, one a layer")
+    first = fields.integer("max_window_layers", default_first_layer, minimum=0)
+    default = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    return read_windows_by_type(fields, default, window)
+
+
+def read_windows_by_type(
+    fields: Fields, default: list[str], window: int | None
+) -> tuple[int | None, ...]:
+    """The window of each layer: `window` where `layer_types`, or else `default`, says
+    "sliding_attention"."""
+    types = fields.data["layer_types"] if fields.has("layer_types") else default
+    if not isinstance(types, list) or len(types) != len(default):
+        raise fields.bad("layer_types", f"a list of {len(default)} names, one a layer")
     for name in types:
         if name not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(

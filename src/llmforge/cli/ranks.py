@@ -184,6 +184,8 @@ def _supervise(command: list[str], environment: dict[str, str]) -> int:
         raise KeyboardInterrupt
     if stopped:
         raise SystemExit(128 + stopped[0])
+    if relay.broken_pipe:
+        raise BrokenPipeError
     if status != 0 and not relay.reported:
         raise RankError(relay.reason(status))
     # A negative status is the signal that ended mpirun itself.
@@ -217,6 +219,11 @@ class _Relay:
         with contextlib.suppress(OSError):
             sys.stderr.write(line)
             sys.stderr.flush()
+
+    @property
+    def broken_pipe(self) -> bool:
+        """Whether mpirun ended because nobody reads its output any more."""
+        return any("SIGPIPE detected" in line for line in self._held)
 
     def reason(self, status: int) -> str:
         """Why the job failed, of what Open MPI said."""

@@ -125,12 +125,8 @@ DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, 
     for (int i = 0; i < SLICE / 32; i++) {
         // Opaque, or the compiler keeps the floats of the loop above: twice the registers.
         asm volatile("" : "+r"(x[i].x), "+r"(x[i].y), "+r"(x[i].z), "+r"(x[i].w));
-        uint4 w;
-        // Volatile, and fenced every few loads: all of them at once would not fit either.
-        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                     : "l"(norm_weight + first + t * 16 + i / 2 * 64 + i % 2 * 8));
-        __syncwarp();
+        if (i % 4 == 0) __syncwarp();  // or it reads all weights at once
+        const uint4 w = *(const uint4*)(norm_weight + first + t * 16 + i / 2 * 64 + i % 2 * 8);
         x[i] = make_uint4(normed(x[i].x, w.x), normed(x[i].y, w.y), normed(x[i].z, w.z),
                           normed(x[i].w, w.w));
     }
@@ -192,6 +188,14 @@ stream_gemm(T* out, const T* x, const __grid_constant__ TensorMap weight, const 
     Ring ring{slots + warp * STAGES * STAGE_BYTES, barriers + warp * STAGES, &weight, first / 64,
               tiles, groups, group, 0, 0, 0};
     for (int i = 0; i < STAGES; i++) ring.fill(i);
+#if NORM
+    // Fetched now, while there is time: loads behind the wait would queue behind the next kernel's
+    // copies.
+    __shared__ __align__(16) T norm_weights[K];
+    for (int i = threadIdx.x; i < K / 8; i += THREADS)
+        ((uint4*)norm_weights)[i] = __ldg((const uint4*)norm_weight + i);
+    norm_weight = norm_weights;
+#endif
     wait_for_previous();
     uint4 kept[SLICE / 32];
     load_x(kept, x, norm_weight, rows, first, eps);
@@ -226,7 +230,7 @@ stream_gemm(T* out, const T* x, const __grid_constant__ TensorMap weight, const 
                 if (GATED && SPLIT == 1) up += sums[buffer][w][i + 64];
             }
 #if SPLIT > 1
-            __stcg(partial + ((size_t)part * tiles + tile) * 128 + i, sum);
+            if (i % 8 < rows) __stcg(partial + ((size_t)part * tiles + tile) * 128 + i, sum);
 #else
             output.store(tile, i, sum, up);
 #endif
@@ -245,8 +249,10 @@ stream_gemm(T* out, const T* x, const __grid_constant__ TensorMap weight, const 
     if (!tiles || arrived != SPLIT - 1) return;
     __threadfence();
     const int own = (tiles - group + groups - 1) / groups;
-    for (int i = threadIdx.x; i < own * OUTPUTS; i += THREADS) {
-        const int tile = group + i / OUTPUTS * groups, at = i % OUTPUTS;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < own * (OUTPUTS / 8) * rows; i += THREADS) {
+        const int tile = group + i / (OUTPUTS / 8 * rows) * groups;
+        const int at = i / rows % (OUTPUTS / 8) * 8 + i % rows;
         float sum = 0, up = 0;
 #pragma unroll
         for (int p = 0; p < SPLIT; p++) {
