@@ -3,11 +3,10 @@
     python benchmarks/cuda.py [--model llama-3.1-8b] [--batch-size 1] [--json results/cuda.json]
 
 Weights are drawn on the GPU, so no checkpoint of that size is written. Requests go through the same
-`Session` that `llmforge run` and `bench` use. Reported for each batch size: TTFT (one batch of
-prompts), TPOT (wall time a generated token and sequence after the first), the device time of one
-decode step at the middle of the generation, and the floor: the bytes that a step must read (weights,
-and the keys and values of that step) over the bandwidth that a read of a large buffer reaches in the
-same run.
+`Session` that `llmforge run` and `bench` use. Reported for each batch size: TTFT (the mean over the
+batch), TPOT (wall time of a decode step), the device time of one decode step at the middle of the
+generation, and the floor: the bytes that a step must read (weights, and the keys and values of that
+step) over the bandwidth that a read of a large buffer reaches in the same run.
 """
 
 from __future__ import annotations
@@ -44,7 +43,9 @@ from llmforge.runtime.requests import Request  # noqa: E402
 from llmforge.runtime.session import Session  # noqa: E402
 
 
-def _llama(hidden: int, layers: int, heads: int, head_dim: int, mlp: int, tied: bool) -> ModelConfig:
+def _llama(
+    hidden: int, layers: int, heads: int, head_dim: int, mlp: int, tied: bool
+) -> ModelConfig:
     return ModelConfig(
         family="llama", dtype="bfloat16", vocab_size=128256, hidden_size=hidden,
         num_layers=layers, num_heads=heads, num_kv_heads=8, head_dim=head_dim,
@@ -107,7 +108,6 @@ def serve(
     rng = np.random.default_rng(batch)
     firsts: list[float] = []
     with Session(executable, LocalComm(), vocab_size=vocab) as session:
-        start = time.perf_counter()
         for index in range(batch):
             prompt = tuple(rng.integers(vocab, size=input_len).tolist())
             session.add(Request(index, prompt, output_len, ignore_eos=True))
@@ -182,14 +182,16 @@ def bench(
 
 def profile(executable: CudaExecutable, batch: int, kv_len: int) -> None:
     """Print what each kernel of a decode step takes."""
-    from torch.profiler import ProfilerActivity, profile as profiler
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
 
     with profiler(activities=[ProfilerActivity.CUDA]) as trace_of:
         device_step(executable, batch, kv_len)
     click.echo(f"batch {batch}")
     for event in sorted(trace_of.key_averages(), key=lambda e: -e.device_time_total)[:6]:
         click.echo(
-            f"  {event.key[:60]:60} {event.count:6} x {event.device_time_total / event.count:8.2f} us"
+            f"  {event.key[:60]:60} {event.count:6} x "
+            f"{event.device_time_total / event.count:8.2f} us"
         )
 
 

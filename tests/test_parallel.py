@@ -30,6 +30,7 @@ def layouts(draw: st.DrawFn) -> tuple[ModelConfig, int]:
     per_rank_group = max(1, ranks // kv_heads) if kv_heads < ranks else 1
     heads = kv_heads * per_rank_group * draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([2, 4, 10]))
+    norm, span = draw(st.sampled_from([("rms", "head"), ("rms", "all"), ("layer", "heads")]))
     config = ModelConfig(
         family="test",
         dtype="float32",
@@ -49,6 +50,14 @@ def layouts(draw: st.DrawFn) -> tuple[ModelConfig, int]:
         qk_norm=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
         sliding_window=(None,),
+        norm=norm,
+        norm_bias=draw(st.booleans()),
+        qk_norm_span=span,
+        qk_norm_bias=draw(st.booleans()),
+        learned_positions=draw(st.sampled_from([0, 8])),
+        post_norm=draw(st.booleans()),
+        gated_mlp=draw(st.booleans()),
+        head_bias=draw(st.booleans()),
     )
     return config, ranks
 

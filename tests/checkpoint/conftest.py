@@ -1,4 +1,4 @@
-"""Small models in the Hugging Face layout, written here by hand: independent of families.py."""
+"""Small models in the Hugging Face layout, written here by hand: independent of families/."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# Our name → theirs, written out again here so that a mistake in families.py shows.
+# Our name → theirs, written out again here so that a mistake in families/ shows.
 THEIRS = {
     "embed": "model.embed_tokens",
     "head": "lm_head",

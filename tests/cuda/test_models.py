@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from models import LIMITS, MODELS, Driver, RandomWeights, compile_into, of_dtype, steps, tolerance
+from cuda_models import (
+    LIMITS,
+    MODELS,
+    Driver,
+    RandomWeights,
+    compile_into,
+    of_dtype,
+    poison,
+    steps,
+    tolerance,
+)
 
 from llmforge.comm import LocalComm
 from llmforge.engine.cpu.target import CpuTarget
@@ -35,7 +45,7 @@ def test_logits(name, dtype, tmp_path):
     cpu, cuda = both(config, tmp_path)
     driver = Driver(LIMITS, config.vocab_size, seed=1, prompts=(5, 33, 70))
     for batch in steps(driver, decode_steps=6):
-        cuda.memory.arena.fill_(255)  # NaN in every dtype: what is not written is seen
+        poison(cuda)
         expected, got = cpu.step(batch).logits, cuda.step(batch).logits
         bound = tolerance(config, expected)
         worst = np.abs(got - expected).max()

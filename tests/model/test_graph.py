@@ -36,6 +36,38 @@ CONFIG = ModelConfig(
     qk_norm=True,
     sliding_window=(None, 8, None, None, 8),
 )
+# Everything that CONFIG is not.
+OTHER = dataclasses.replace(
+    CONFIG,
+    rope=RopeConfig(1e4, 6),
+    window_rope=RopeConfig(
+        1e4,
+        12,
+        "longrope",
+        original_max_position=16,
+        short_factor=(1.0,) * 6,
+        long_factor=(2.0,) * 6,
+    ),
+    unrotated_layers=(3,),
+    learned_positions=128,
+    alibi_slopes=(0.5, 0.25, 0.125, 0.0625),
+    norm="layer",
+    norm_bias=True,
+    embedding_norm=True,
+    post_norm=True,
+    qk_norm_span="heads",
+    parallel_block=True,
+    shared_norm=True,
+    gated_mlp=False,
+    head_bias=True,
+    attention_scale=0.2,
+    attention_softcap=5.0,
+    logit_softcap=6.0,
+    embedding_scale=3.0,
+    residual_scale=0.5,
+    logit_scale=0.25,
+)
+WHOLE_QK_NORM = dataclasses.replace(CONFIG, qk_norm_span="all", pre_norm=False, post_norm=True)
 TIED = dataclasses.replace(CONFIG, tied_embeddings=True)
 TOPOLOGIES = [Topology(), Topology(2), Topology(4), Topology(1, 3), Topology(2, 2), Topology(1, 5)]
 
@@ -51,7 +83,9 @@ def test_every_op_has_a_meaning_a_cpu_kernel_and_a_builder_method() -> None:
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, TIED, OTHER, WHOLE_QK_NORM], ids=["plain", "tied", "other", "whole-qk-norm"]
+)
 def test_every_parameter_is_in_the_graphs_of_its_ranks(
     config: ModelConfig, topology: Topology
 ) -> None:
@@ -85,10 +119,43 @@ def test_what_one_stage_sends_the_next_receives(topology: Topology) -> None:
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-def test_json_round_trip(topology: Topology) -> None:
+@pytest.mark.parametrize("config", [CONFIG, OTHER], ids=["plain", "other"])
+def test_json_round_trip(config: ModelConfig, topology: Topology) -> None:
     for rank in range(topology.world_size):
-        graph = apply(trace(CONFIG, topology, rank), PASSES)
+        graph = apply(trace(config, topology, rank), PASSES)
         assert Graph.from_json(graph.to_json()) == graph
+
+
+def test_a_config_without_the_newer_fields_means_what_it_meant() -> None:
+    """Manifests are read that were written when a config ended with these."""
+    last = [field.name for field in dataclasses.fields(ModelConfig)].index("eos_token_ids")
+    names = [field.name for field in dataclasses.fields(ModelConfig)][: last + 1]
+    values = {name: value for name, value in CONFIG.to_dict().items() if name in names}
+    values["rope"] = {"theta": 1e4, "dim": 12}
+    assert ModelConfig.from_dict(values) == CONFIG
+    graph = apply(trace(CONFIG, Topology(2), 0), PASSES)
+    assert set(ops(graph)) == {
+        *("embed", "all_reduce", "rope_table", "rms_norm", "linear", "split", "rope", "attention"),
+        *("add", "add_rms_norm", "gated_activation", "select_rows", "all_gather"),
+    }
+
+
+def test_merge_linears_joins_a_parallel_block_by_biases() -> None:
+    merged = [p.parts for p in merge_linears(trace(OTHER, Topology(), 0)).parameters]
+    names = [f"layers.0.attention.{n}.weight" for n in "qkv"]
+    assert tuple(names) in merged, "q, k and v have biases here, up has none"
+    alike = dataclasses.replace(OTHER, mlp_bias=True)
+    merged = [p.parts for p in merge_linears(trace(alike, Topology(), 0)).parameters]
+    assert (*names, "layers.0.mlp.up.weight") in merged
+
+
+def test_each_rank_has_the_slopes_of_its_heads() -> None:
+    for ranks in (1, 2, 4):
+        slopes: list[float] = []
+        for rank in range(ranks):
+            nodes = trace(OTHER, Topology(ranks), rank).nodes
+            slopes += next(n for n in nodes if n.op == "scored_attention").attrs["slopes"]
+        assert tuple(slopes) == OTHER.alibi_slopes
 
 
 def test_merge_linears_joins_qkv_and_gate_up_and_nothing_else() -> None:

@@ -16,20 +16,30 @@ MAX_POSITION = 64
 
 @dataclass(frozen=True)
 class Case:
-    """A transformers config class and what differs from `_COMMON`."""
+    """A transformers config class and what differs from `_COMMON`. Vectors, which are norms'
+    weights for the most part, are drawn around `vector_mean`: 0 where they are stored less one."""
 
     name: str
     config: str
     settings: dict[str, Any] = field(default_factory=dict)
+    vector_mean: float = 1.0
+
+    @property
+    def model_type(self) -> str:
+        return str(self._config_class.model_type)
+
+    @property
+    def _config_class(self) -> Any:
+        return getattr(transformers, f"{self.config}Config")
 
     def build(self, dtype: torch.dtype) -> transformers.PreTrainedModel:
-        config_class = getattr(transformers, f"{self.config}Config")
-        config = config_class(**{**_COMMON, **self.settings})
+        config = self._config_class(**{**_COMMON, **self.settings})
         torch.manual_seed(7)
         model = transformers.AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             # Large enough that every part of the network shows in the logits, biases included.
-            torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.15)
+            mean = self.vector_mean if parameter.ndim == 1 else 0.0
+            torch.nn.init.normal_(parameter, mean=mean, std=0.15)
         return model.to(dtype).eval()
 
     def save(self, directory: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
@@ -61,22 +71,6 @@ def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
 
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
-_LONGROPE = {
-    "original_max_position_embeddings": 16,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.5,
-        "short_factor": [1.0, 1.1, 1.2],
-        "long_factor": [1.5, 3.0, 4.0],
-    },
-}
-_GEMMA2 = {
-    "head_dim": 16,
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 10,
-    "sliding_window": 6,
-}
 _LONGROPE = {
     "original_max_position_embeddings": 16,
     "rope_parameters": {
@@ -167,16 +161,21 @@ CASES = [
     Case("olmo2", "Olmo2"),
     Case("olmo2-one-kv-head", "Olmo2", {"num_key_value_heads": 1, "attention_bias": True}),
     Case("exaone4", "Exaone4", {"sliding_window": 6, "sliding_window_pattern": 2}),
-    Case("exaone4-full", "Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS}),
+    Case(
+        "exaone4-full",
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS},
+    ),
     Case("phi3", "Phi3", {"sliding_window": 6}),
     Case("phi3-longrope", "Phi3", {**_LONGROPE, "num_key_value_heads": 1}),
     Case("glm", "Glm", {"head_dim": 16}),
     Case("glm4", "Glm4", {"head_dim": 16, "attention_bias": False}),
-    Case("gemma", "Gemma", {"head_dim": 16, "tie_word_embeddings": True}),
+    Case("gemma", "Gemma", {"head_dim": 16, "tie_word_embeddings": True}, 0.0),
     Case(
         "gemma2",
         "Gemma2",
         {**_GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        0.0,
     ),
     Case(
         "gemma2-uncapped",
@@ -187,107 +186,17 @@ CASES = [
             "final_logit_softcapping": None,
             "attention_bias": True,
         },
+        0.0,
     ),
-    Case("gemma3", "Gemma3Text", {**_GEMMA2, "sliding_window_pattern": 2}),
+    Case("gemma3", "Gemma3Text", {**_GEMMA2, "sliding_window_pattern": 2}, 0.0),
     Case("cohere", "Cohere", {"tie_word_embeddings": True}),
     Case(
         "cohere-qk-norm",
         "Cohere",
         {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.5},
     ),
-    Case("nemotron", "Nemotron", {"head_dim": 16}),
-    Case("nemotron-biases", "Nemotron", {"attention_bias": True, "mlp_bias": True}),
-    Case("stablelm", "StableLm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
-    Case(
-        "stablelm-parallel",
-        "StableLm",
-        {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
-    ),
-    Case("starcoder2", "Starcoder2", {"sliding_window": 6, "tie_word_embeddings": True}),
-    Case("starcoder2-no-bias", "Starcoder2", {"use_bias": False}),
-    Case("phi", "Phi"),
-    Case("phi-qk-norm", "Phi", {"qk_layernorm": True, "num_key_value_heads": 4}),
-    Case("gptj", "GPTJ", {"rotary_dim": 6}),
-    Case("gpt-neox", "GPTNeoX", _HALF_ROTATED),
-    Case(
-        "gpt-neox-sequential",
-        "GPTNeoX",
-        {**_HALF_ROTATED, "use_parallel_residual": False, "attention_bias": False},
-    ),
-    Case("falcon-7b", "Falcon", {"tie_word_embeddings": True}),
-    Case(
-        "falcon-40b",
-        "Falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
-    ),
-    Case(
-        "falcon-11b",
-        "Falcon",
-        {
-            "new_decoder_architecture": True,
-            "num_kv_heads": 2,
-            "num_ln_in_parallel_attn": 1,
-            "ffn_hidden_size": 88,
-        },
-    ),
-    Case("falcon-sequential", "Falcon", {"multi_query": False, "parallel_attn": False}),
-    Case("gpt2", "GPT2", {"tie_word_embeddings": True}),
-    Case("gpt2-unscaled", "GPT2", {"scale_attn_weights": False, "n_inner": 88}),
-    Case("gpt-bigcode", "GPTBigCode", {"tie_word_embeddings": True}),
-    Case("gpt-bigcode-mha", "GPTBigCode", {"multi_query": False}),
-    Case("opt", "OPT", {"ffn_dim": 88, "tie_word_embeddings": True}),
-    Case("bloom", "Bloom", {"tie_word_embeddings": True}),
-    Case("bloom-6-heads", "Bloom", {"num_attention_heads": 6}),
-    Case("mpt", "Mpt", {"tie_word_embeddings": True, "max_seq_len": MAX_POSITION}),
-    Case("mpt-6-heads", "Mpt", {"num_attention_heads": 6, "max_seq_len": MAX_POSITION}),
-    Case(
-        "granite",
-        "Granite",
-        {
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.3,
-            "residual_multiplier": 0.7,
-            "logits_scaling": 2.0,
-        },
-    ),
-    Case(
-        "granite-mha-biases",
-        "Granite",
-        {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
-    ),
-    Case("olmo2", "Olmo2"),
-    Case("olmo2-one-kv-head", "Olmo2", {"num_key_value_heads": 1, "attention_bias": True}),
-    Case("exaone4", "Exaone4", {"sliding_window": 6, "sliding_window_pattern": 2}),
-    Case("exaone4-full", "Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS}),
-    Case("phi3", "Phi3", {"sliding_window": 6}),
-    Case("phi3-longrope", "Phi3", {**_LONGROPE, "num_key_value_heads": 1}),
-    Case("glm", "Glm", {"head_dim": 16}),
-    Case("glm4", "Glm4", {"head_dim": 16, "attention_bias": False}),
-    Case("gemma", "Gemma", {"head_dim": 16, "tie_word_embeddings": True}),
-    Case(
-        "gemma2",
-        "Gemma2",
-        {**_GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
-    ),
-    Case(
-        "gemma2-uncapped",
-        "Gemma2",
-        {
-            **_GEMMA2,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-            "attention_bias": True,
-        },
-    ),
-    Case("gemma3", "Gemma3Text", {**_GEMMA2, "sliding_window_pattern": 2}),
-    Case("cohere", "Cohere", {"tie_word_embeddings": True}),
-    Case(
-        "cohere-qk-norm",
-        "Cohere",
-        {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.5},
-    ),
-    Case("nemotron", "Nemotron", {"head_dim": 16}),
-    Case("nemotron-biases", "Nemotron", {"attention_bias": True, "mlp_bias": True}),
+    Case("nemotron", "Nemotron", {"head_dim": 16}, 0.0),
+    Case("nemotron-biases", "Nemotron", {"attention_bias": True, "mlp_bias": True}, 0.0),
     Case("stablelm", "StableLm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     Case(
         "stablelm-parallel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,17 @@ def serve(engine: Engine, batches: list[list[Request]]) -> tuple[dict[int, Compl
     return done, preemptions
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama-group-7", "qwen2-window", "llama-dynamic"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *product(["llama-group-7", "qwen2-window", "llama-dynamic"], ["float32", "bfloat16"]),
+        # Capped scores, ALiBi, LayerNorm, learned positions, angles that jump at a length.
+        ("gemma2", "bfloat16"),
+        ("bloom-6-heads", "float32"),
+        ("opt", "bfloat16"),
+        ("phi3-longrope", "float32"),
+    ],
+)
 def test_tokens_are_the_same_alone_and_in_any_batch(name: str, dtype: str, tmp_path: Path) -> None:
     BY_NAME[name].save(tmp_path / "hf", getattr(torch, dtype))
     convert(str(tmp_path / "hf"), tmp_path / "checkpoint", ConvertSettings())

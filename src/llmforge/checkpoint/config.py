@@ -1,4 +1,4 @@
-"""`ModelConfig`: what a decoder is, in neutral terms. Foreign spellings are read in families.py."""
+"""`ModelConfig`: what a decoder is, in neutral terms. Foreign spellings are read in families/."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ class RopeConfig:
         `sequence_length` matters where `by_length`. dynamic: the base grows with it beyond
         `original_max_position` (NTK-aware scaling, https://arxiv.org/abs/2306.15595 and its
         sequel by bloc97). longrope, which must be given it: other divisors beyond
-        `original_max_position` (https://arxiv.org/abs/2402.13753). llama3: frequencies of long wavelength divided by `factor`, a ramp
-        between (Llama 3.1 release). yarn: https://arxiv.org/abs/2309.00071, section 3.2.
+        `original_max_position` (https://arxiv.org/abs/2402.13753). llama3: frequencies of long
+        wavelength divided by `factor`, a ramp between (Llama 3.1 release). yarn:
+        https://arxiv.org/abs/2309.00071, section 3.2.
         """
         theta = self.theta
         if self.scaling == "dynamic" and sequence_length > self.original_max_position:

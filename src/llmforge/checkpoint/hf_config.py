@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmforge.checkpoint.config import DTYPES, RopeConfig
+from llmforge.checkpoint.config import DTYPES, ROPE_SCALINGS, RopeConfig
 from llmforge.errors import SourceError, UnsupportedModelError
 
 # Their names of activations that mean one of ours (transformers/activations.py, ACT2FN).
@@ -28,8 +28,6 @@ _ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
-# The rope types that `read_rope` reads.
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _REQUIRED = object()
 
 
@@ -196,10 +194,10 @@ def parse_rope(
     """`read_rope` for the object `rope` of the file."""
     scaling = rope.text("rope_type", rope.text("type", "default"))
     scaling = "longrope" if scaling == "su" else scaling  # its first name
-    if scaling not in _ROPE_TYPES:
+    if scaling not in ROPE_SCALINGS:
         raise UnsupportedModelError(
             f"{fields.path}: the rope type {scaling!r} is not supported; "
-            f"supported: {', '.join(_ROPE_TYPES)}"
+            f"supported: {', '.join(ROPE_SCALINGS)}"
         )
     theta = rope.number("rope_theta", fields.number("rope_theta", theta))
     share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", share))

@@ -131,6 +131,11 @@ def resolve_limits(config: ModelConfig, settings: BuildSettings, warn: Warn) -> 
             f"max_seq_len {max_seq_len} is beyond the {config.max_position} positions that the "
             "model was made for: its output may degrade there"
         )
+    if config.learned_positions and max_seq_len > config.learned_positions:
+        raise SettingsError(
+            f"max_seq_len {max_seq_len} is beyond the {config.learned_positions} positions that "
+            "this model has embeddings for; give at most that"
+        )
     batch = settings.max_batch_size
     max_num_tokens = settings.max_num_tokens or max(min(max_seq_len, 2048), batch)
     if max_num_tokens < batch:
@@ -161,8 +166,8 @@ def _check_memory(plans: Sequence[MemoryPlan], limit_gb: float | None) -> None:
     if limit_gb is not None and plan.total > limit_gb * GB:
         raise MemoryLimitError(
             f"rank {rank} needs {plan.total / GB:.2f} GB (weights {plan.weights / GB:.2f}, KV "
-            f"cache {plan.kv_cache / GB:.2f}, activations {plan.activations / GB:.2f}), more than the "
-            f"limit of {limit_gb:g} GB; use more ranks, or lower max_batch_size, max_seq_len, "
+            f"cache {plan.kv_cache / GB:.2f}, activations {plan.activations / GB:.2f}), more than "
+            f"the limit of {limit_gb:g} GB; use more ranks, or lower max_batch_size, max_seq_len, "
             "max_num_tokens or kv_cache_tokens"
         )
 

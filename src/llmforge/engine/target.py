@@ -77,7 +77,10 @@ class Target(Protocol):
         ...
 
 
-TARGETS = {"cpu": "llmforge.engine.cpu.target:CpuTarget"}
+TARGETS = {
+    "cpu": "llmforge.engine.cpu.target:CpuTarget",
+    "cuda": "llmforge.engine.cuda.target:CudaTarget",
+}
 
 
 def target(name: str) -> Target:

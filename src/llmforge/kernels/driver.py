@@ -11,7 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from llmforge.errors import TargetError
-from llmforge.kernels.launch import DTYPE_BYTES, Double, Extent, Float, Launch, Operand, Size, TensorMap
+from llmforge.kernels.launch import (
+    DTYPE_BYTES,
+    Double,
+    Extent,
+    Float,
+    Launch,
+    Operand,
+    Size,
+    TensorMap,
+)
 
 
 class DriverError(TargetError):

@@ -71,15 +71,15 @@ class _Decoder:
         g, config, prefix = self.builder, self.config, layer_prefix(layer)
         normed = self._norm(x, f"{prefix}attention_norm") if config.pre_norm else x
         attended = self._branch(self._attention(normed, layer), f"{prefix}attention_post_norm")
-        if config.parallel_block:
-            read, x = x, g.add(x, attended)
-        else:
-            read = x = g.add(x, attended)
-        if config.pre_norm and not config.shared_norm:
-            read = self._norm(read, f"{prefix}mlp_norm")
-        elif config.shared_norm:
+        total = g.add(x, attended)
+        read = x if config.parallel_block else total  # what the MLP reads
+        if config.shared_norm:
             read = normed
-        return g.add(x, self._branch(self._mlp(read, f"{prefix}mlp."), f"{prefix}mlp_post_norm"))
+        elif config.pre_norm:
+            read = self._norm(read, f"{prefix}mlp_norm")
+        return g.add(
+            total, self._branch(self._mlp(read, f"{prefix}mlp."), f"{prefix}mlp_post_norm")
+        )
 
     def _branch(self, x: Tensor, norm: str) -> Tensor:
         """What attention or MLP gives, as it is added to the residual."""

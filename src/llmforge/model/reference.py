@@ -78,7 +78,7 @@ def split(x: Tensor, *, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 @_meaning("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    runs = x.float().unflatten(-1, (-1, weight.shape[0]))
+    runs: Tensor = x.float().unflatten(-1, (-1, weight.shape[0]))
     normed = runs * torch.rsqrt(runs.square().mean(-1, keepdim=True) + eps)
     # Rounded before the weight is applied, as the models were trained.
     return (normed.to(x.dtype) * weight).flatten(-2)
@@ -86,7 +86,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 @_meaning("layer_norm")
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, run: int) -> Tensor:
-    normed = F.layer_norm(x.float().unflatten(-1, (-1, run)), (run,), eps=eps)
+    normed: Tensor = F.layer_norm(x.float().unflatten(-1, (-1, run)), (run,), eps=eps)
     scaled = normed * weight.float().view(-1, run)
     shifted = scaled if bias is None else scaled + bias.float().view(-1, run)
     return shifted.flatten(-2).to(x.dtype)

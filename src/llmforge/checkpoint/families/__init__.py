@@ -15,6 +15,7 @@ from pathlib import Path
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families.base import Family
 from llmforge.checkpoint.families.gemma import GEMMA_FAMILIES
+from llmforge.checkpoint.families.gpt import GPT_FAMILIES
 from llmforge.checkpoint.families.layer_norm import LAYER_NORM_FAMILIES
 from llmforge.checkpoint.families.llama import LLAMA_FAMILIES
 from llmforge.checkpoint.families.positions import POSITION_FAMILIES
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     *LLAMA_FAMILIES,
     *GEMMA_FAMILIES,
     *LAYER_NORM_FAMILIES,
+    *GPT_FAMILIES,
     *POSITION_FAMILIES,
 )
 

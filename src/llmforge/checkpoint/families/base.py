@@ -91,6 +91,11 @@ def read_common(family: Family, fields: Fields, **own: Any) -> ModelConfig:
             family.default("rope_theta"),
             family.default("partial_rotary_factor"),
         )
+    if "intermediate_size" not in own:
+        own["intermediate_size"] = _read_intermediate(family, fields, hidden)
+    if "activation" not in own:
+        own["activation"] = read_activation(fields, family.default("hidden_act"))
+    own.setdefault("sliding_window", (None,) * layers)
     bos = fields.token_ids("bos_token_id", (family.default("bos_token_id"),))
     return ModelConfig(
         family=family.name,
@@ -106,19 +111,13 @@ def read_common(family: Family, fields: Fields, **own: Any) -> ModelConfig:
         tied_embeddings=fields.flag("tie_word_embeddings", family.default("tie_word_embeddings")),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=fields.token_ids("eos_token_id", family.default("eos_token_id")),
-        **{
-            "intermediate_size": own.get("intermediate_size") or _intermediate(family, fields),
-            "activation": own.get("activation")
-            or read_activation(fields, family.default("hidden_act")),
-            "sliding_window": (None,) * layers,
-            **own,
-        },
+        **own,
     )
 
 
-def _intermediate(family: Family, fields: Fields) -> int:
+def _read_intermediate(family: Family, fields: Fields, hidden: int) -> int:
     if family.default("intermediate_size") == "4x":
-        return fields.integer("intermediate_size", 4 * fields.integer("hidden_size"))
+        return fields.integer("intermediate_size", 4 * hidden)
     return fields.integer("intermediate_size")
 
 
@@ -145,13 +144,13 @@ def read_window(family: Family, fields: Fields) -> int | None:
     if "sliding_window" in fields.data and not fields.has("sliding_window"):
         return None
     default = family.default("sliding_window")
-    return None if default is None and not fields.has("sliding_window") else fields.integer(
-        "sliding_window", default
-    )
+    if default is None and not fields.has("sliding_window"):
+        return None
+    return fields.integer("sliding_window", default)
 
 
 def refuse(fields: Fields, name: str, *supported: Any) -> None:
-    """Raises UnsupportedModelError where the field is present and none of the `supported` values."""
+    """Raises UnsupportedModelError where the field is present and not one of `supported`."""
     if fields.has(name) and fields.data[fields.spelling(name)] not in supported:
         allowed = ", ".join(map(repr, supported)) or "to leave it out"
         raise UnsupportedModelError(
@@ -172,9 +171,11 @@ def both(theirs: str, ours: str) -> Rules:
     return tuple(rename(f"{theirs}.{part}", f"{ours}.{part}") for part in ("weight", "bias"))
 
 
-def merged_qkv(
-    theirs: str, convert: Callable[[list[Array], ModelConfig], list[Array]]
-) -> Rules:
+def plain_mlp(up: str, down: str) -> Rules:
+    return (*both(up, "layers.{i}.mlp.up"), *both(down, "layers.{i}.mlp.down"))
+
+
+def merged_qkv(theirs: str, convert: Callable[[list[Array], ModelConfig], list[Array]]) -> Rules:
     """One linear that gives q, k and v; `convert` takes its weight, or bias, apart."""
     return tuple(
         Rule(
@@ -219,9 +220,7 @@ def halved(arrays: list[Array], config: ModelConfig) -> list[Array]:
     assert config.rope is not None
     dim, head_dim = config.rope.dim, config.head_dim
     order = [*range(0, dim, 2), *range(1, dim, 2), *range(dim, head_dim)]
-    return [
-        a.reshape(-1, head_dim, *a.shape[1:])[:, order].reshape(a.shape) for a in arrays
-    ]
+    return [a.reshape(-1, head_dim, *a.shape[1:])[:, order].reshape(a.shape) for a in arrays]
 
 
 def converted(theirs: str, ours: str, convert: Callable[..., list[Array]]) -> Rules:
@@ -238,9 +237,9 @@ def gate_up(theirs: str) -> Rule:
 
 
 ROTARY_AND_MASKS = (
-    Ignore(r".*\.rotary_emb\.inv_freq", "rotary frequencies are computed from the config"),
+    Ignore(r".*\.inv_freq", "rotary frequencies are computed from the config"),
     Ignore(
-        r".*(self_attn|attn|attention)\.(bias|masked_bias)|.*\.attention\.masked_bias",
+        r".*\.(self_attn|attn|attention)\.(bias|masked_bias)",
         "attention masks are computed",
     ),
 )

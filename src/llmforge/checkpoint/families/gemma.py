@@ -17,7 +17,7 @@ from llmforge.checkpoint.families.base import (
     refuse,
     rename,
 )
-from llmforge.checkpoint.families.llama import ATTENTION, MLP
+from llmforge.checkpoint.families.llama import ATTENTION, MLP, OUTPUT, QKV
 from llmforge.checkpoint.hf_config import (
     Fields,
     parse_rope,
@@ -34,9 +34,7 @@ def _norm(theirs: str, ours: str) -> Rule:
 def _read(family: Family, fields: Fields, **own: Any) -> ModelConfig:
     refuse(fields, "use_bidirectional_attention", False)
     bias = fields.flag("attention_bias", False)
-    config = read_common(
-        family, fields, qkv_bias=bias, attention_output_bias=bias, **own
-    )
+    config = read_common(family, fields, qkv_bias=bias, attention_output_bias=bias, **own)
     return dataclasses.replace(config, embedding_scale=config.hidden_size**0.5)
 
 
@@ -110,9 +108,10 @@ _PRE_AND_POST_NORMS: Rules = (
     _norm("model.layers.{i}.post_feedforward_layernorm", "layers.{i}.mlp_post_norm"),
 )
 _GEMMA3_ATTENTION: Rules = (
-    *(rule for rule in ATTENTION if "_norm" not in rule.theirs[0]),
+    *QKV,
     _norm("model.layers.{i}.self_attn.q_norm", "layers.{i}.attention.q_norm"),
     _norm("model.layers.{i}.self_attn.k_norm", "layers.{i}.attention.k_norm"),
+    *OUTPUT,
 )
 _DEFAULTS = {
     "head_dim": 256,

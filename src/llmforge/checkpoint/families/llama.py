@@ -28,20 +28,24 @@ ENDS = (
     *both("model.norm", "final_norm"),
     rename("lm_head.weight", "head.weight"),
 )
-ATTENTION = (
+QKV = (
     *both("model.layers.{i}.self_attn.q_proj", "layers.{i}.attention.q"),
     *both("model.layers.{i}.self_attn.k_proj", "layers.{i}.attention.k"),
     *both("model.layers.{i}.self_attn.v_proj", "layers.{i}.attention.v"),
+)
+OUTPUT = both("model.layers.{i}.self_attn.o_proj", "layers.{i}.attention.o")
+ATTENTION = (
+    *QKV,
     rename("model.layers.{i}.self_attn.q_norm.weight", "layers.{i}.attention.q_norm.weight"),
     rename("model.layers.{i}.self_attn.k_norm.weight", "layers.{i}.attention.k_norm.weight"),
-    *both("model.layers.{i}.self_attn.o_proj", "layers.{i}.attention.o"),
+    *OUTPUT,
 )
 # Neighbouring elements rotated.
 INTERLEAVED_ATTENTION = (
     *converted("model.layers.{i}.self_attn.q_proj", "layers.{i}.attention.q", halved),
     *converted("model.layers.{i}.self_attn.k_proj", "layers.{i}.attention.k", halved),
     *both("model.layers.{i}.self_attn.v_proj", "layers.{i}.attention.v"),
-    *both("model.layers.{i}.self_attn.o_proj", "layers.{i}.attention.o"),
+    *OUTPUT,
 )
 MLP = (
     *both("model.layers.{i}.mlp.gate_proj", "layers.{i}.mlp.gate"),
@@ -130,8 +134,8 @@ def _read_exaone4(family: Family, fields: Fields) -> ModelConfig:
     layers = fields.integer("num_hidden_layers")
     window = read_window(family, fields)
     pattern = 0
-    if window is not None:
-        refuse(fields, "sliding_window_pattern", *range(1, layers + 1))
+    # Files that name each layer's type spell the pattern in letters besides.
+    if window is not None and not fields.has("layer_types"):
         pattern = fields.integer("sliding_window_pattern", 4)
     default = [("sliding" if pattern and i % pattern else "full") for i in range(1, layers + 1)]
     windows = read_windows_by_type(fields, [f"{x}_attention" for x in default], window)
@@ -295,7 +299,7 @@ LLAMA_FAMILIES = (
             *ENDS,
             *PRE_NORMS,
             *merged_qkv("model.layers.{i}.self_attn.qkv_proj", stacked_qkv),
-            *both("model.layers.{i}.self_attn.o_proj", "layers.{i}.attention.o"),
+            *OUTPUT,
             *MERGED_MLP,
         ),
         "model.",

@@ -13,6 +13,7 @@ from llmforge.checkpoint.families.base import (
     both,
     grouped_qkv,
     merged_qkv,
+    plain_mlp,
     read_common,
     refuse,
     rename,
@@ -93,8 +94,7 @@ _BIGCODE_RULES: Rules = (
     *_GPT_ENDS_AND_NORMS,
     *merged_qkv("transformer.h.{i}.attn.c_attn", grouped_qkv),
     *both("transformer.h.{i}.attn.c_proj", "layers.{i}.attention.o"),
-    *both("transformer.h.{i}.mlp.c_fc", "layers.{i}.mlp.up"),
-    *both("transformer.h.{i}.mlp.c_proj", "layers.{i}.mlp.down"),
+    *plain_mlp("transformer.h.{i}.mlp.c_fc", "transformer.h.{i}.mlp.c_proj"),
 )
 
 
@@ -122,17 +122,14 @@ def _without_first_two(arrays: list[Array], config: ModelConfig) -> list[Array]:
 _OPT_LAYER = "model.decoder.layers.{i}."
 _OPT_RULES: Rules = (
     rename("model.decoder.embed_tokens.weight", "embed.weight"),
-    Rule(
-        ("model.decoder.embed_positions.weight",), ("positions.weight",), _without_first_two
-    ),
+    Rule(("model.decoder.embed_positions.weight",), ("positions.weight",), _without_first_two),
     *both(f"{_OPT_LAYER}self_attn_layer_norm", "layers.{i}.attention_norm"),
     *both(f"{_OPT_LAYER}self_attn.q_proj", "layers.{i}.attention.q"),
     *both(f"{_OPT_LAYER}self_attn.k_proj", "layers.{i}.attention.k"),
     *both(f"{_OPT_LAYER}self_attn.v_proj", "layers.{i}.attention.v"),
     *both(f"{_OPT_LAYER}self_attn.out_proj", "layers.{i}.attention.o"),
     *both(f"{_OPT_LAYER}final_layer_norm", "layers.{i}.mlp_norm"),
-    *both(f"{_OPT_LAYER}fc1", "layers.{i}.mlp.up"),
-    *both(f"{_OPT_LAYER}fc2", "layers.{i}.mlp.down"),
+    *plain_mlp(f"{_OPT_LAYER}fc1", f"{_OPT_LAYER}fc2"),
     *both("model.decoder.final_layer_norm", "final_norm"),
     rename("lm_head.weight", "head.weight"),
 )
@@ -169,8 +166,7 @@ _BLOOM_RULES: Rules = (
     *both("transformer.h.{i}.post_attention_layernorm", "layers.{i}.mlp_norm"),
     *merged_qkv("transformer.h.{i}.self_attention.query_key_value", grouped_qkv),
     *both("transformer.h.{i}.self_attention.dense", "layers.{i}.attention.o"),
-    *both("transformer.h.{i}.mlp.dense_h_to_4h", "layers.{i}.mlp.up"),
-    *both("transformer.h.{i}.mlp.dense_4h_to_h", "layers.{i}.mlp.down"),
+    *plain_mlp("transformer.h.{i}.mlp.dense_h_to_4h", "transformer.h.{i}.mlp.dense_4h_to_h"),
     *both("transformer.ln_f", "final_norm"),
     rename("lm_head.weight", "head.weight"),
 )
@@ -299,6 +295,7 @@ POSITION_FAMILIES = (
             "eos_token_id": (2,),
         },
         {
+            "hidden_size": "n_embed",
             "num_hidden_layers": "n_layer",
             "num_attention_heads": "n_head",
             "max_position_embeddings": "seq_length",
@@ -308,7 +305,7 @@ POSITION_FAMILIES = (
     ),
     Family(
         "mpt",
-        ("MptForCausalLM", "MptModel"),
+        ("MptForCausalLM", "MptModel", "MPTForCausalLM"),
         ("mpt",),
         _read_mpt,
         _MPT_RULES,

@@ -136,7 +136,9 @@ def _embedding_and_head(tensors: Mapping[str, TensorInfo]) -> tuple[str | None, 
 
 def _check_directory(directory: Path) -> None:
     if not directory.exists():
-        raise SourceError(f"{directory} does not exist")
+        raise SourceError(
+            f"{directory} does not exist; give a model's directory, or its id on the Hub (org/name)"
+        )
     if not directory.is_dir():
         raise SourceError(
             f"{directory} is a file; name the directory that holds config.json and the weights"

@@ -73,7 +73,7 @@ def _attend(
             sums[:, :, tile] = sums[:, :, tile] * kept + _product(parts, run_values)
             weights[:, :, tile] = weights[:, :, tile] * kept + parts.sum(-1, keepdim=True)
             highest[:, :, tile] = now
-    out = (sums / weights)[:, :, :num_rows].unflatten(2, (-1, count))
+    out: Tensor = (sums / weights)[:, :, :num_rows].unflatten(2, (-1, count))
     return out.permute(0, 3, 1, 2, 4).reshape(-1, heads, head_dim).to(q.dtype)
 
 
@@ -86,5 +86,5 @@ def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b, a matrix for each of the first two dimensions."""
-    product = torch.bmm(a.flatten(0, 1).contiguous(), b.flatten(0, 1))
+    product: Tensor = torch.bmm(a.flatten(0, 1).contiguous(), b.flatten(0, 1))
     return product.view(*a.shape[:-1], b.shape[-1])

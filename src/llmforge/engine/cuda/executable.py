@@ -7,41 +7,25 @@ Either way the host waits once a step.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from llmforge.engine.cuda.lowering import MAX_SPLITS
 from llmforge.engine.cuda.program import Instruction, Matmul, Program
-from llmforge.engine.cuda.sampling import PARAMS, fill_params, sampling_launch
+from llmforge.engine.cuda.sampling import GREEDY, PARAMS, fill_params, sampling_launch
 from llmforge.engine.cuda.target import (
     GRAPH_FILE,
-    KERNELS,
-    PLAN_FILE,
-    PTX_ARCH,
     WEIGHTS_FILE,
-    image_name,
     programs,
 )
 from llmforge.engine.cuda.weights import load_weights
-from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits, StepBatch, StepResult
-from llmforge.errors import RequestError, StoreError
-from llmforge.kernels.compile import arch_number
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
-from llmforge.kernels.launch import (
-    Launch,
-    Operand,
-    split_scratch_sizes,
-    stream_plan,
-    stream_scratch_floats,
-)
+from llmforge.kernels.launch import Launch
 from llmforge.model.graph import Graph
-from llmforge.model.reference import DTYPES
 
 Tensor = torch.Tensor
 Call = Callable[[int], None]
@@ -75,7 +59,7 @@ class CudaExecutable:
         properties = torch.cuda.get_device_properties(self.device)
         self.sizes.set("processors", properties.multi_processor_count)
         self._last: _Runner
-        self.memory = _Memory(graph, limits, weights, programs(graph, limits, arch), self.device)
+        self.memory = Memory(graph, limits, weights, programs(graph, limits, arch), self.device)
         with torch.cuda.stream(self._stream):
             self._general, *decodes = (_Runner(program, self) for program in self.memory.programs)
             self._decodes = {runner.program.shape.sequences: runner for runner in decodes}
@@ -87,8 +71,8 @@ class CudaExecutable:
     def open(cls, directory: Path, limits: Limits) -> CudaExecutable:
         """The engine in a rank's directory. Raises StoreError where a file of it is corrupt."""
         device = torch.device("cuda", torch.cuda.current_device())
-        graph = _read_graph(directory / GRAPH_FILE)
-        modules, arch = _load_modules(directory, device)
+        graph = read_graph(directory / GRAPH_FILE)
+        modules, arch = load_modules(directory, device)
         weights = load_weights(directory / WEIGHTS_FILE, graph, device)
         return cls(graph, weights, modules, arch, limits)
 
@@ -127,7 +111,7 @@ class CudaExecutable:
         """Seconds of device time that a decode step takes: the median of `repeat`."""
         graph = self._runner_of(batch).graph
         assert graph is not None, "only decode steps are graphs"
-        times = []
+        times: list[float] = []
         with torch.cuda.stream(self._stream):
             for _ in range(repeat):
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -174,106 +158,6 @@ class CudaExecutable:
             self.sizes,
             overlap=overlap,
         )
-
-
-class _Memory:
-    """Every buffer, at an address that does not change."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        limits: Limits,
-        weights: Mapping[str, Tensor],
-        all_programs: list[Program],
-        device: torch.device,
-    ) -> None:
-        self.programs = all_programs
-        self.limits = limits
-        sizes = largest_step(limits)
-        sizes["blocks"] += 1
-        self.tensors: dict[str, Tensor] = dict(weights)
-        for state in graph.states:
-            shape = [sizes[d] if isinstance(d, str) else d for d in state.shape]
-            # Zeros, so that a block that was never written holds no NaN.
-            self.tensors[state.name] = torch.zeros(
-                shape, dtype=DTYPES[state.dtype], device=device
-            )
-        for program in all_programs:
-            for name, values in program.constants.items():
-                self.tensors[name] = torch.tensor(values, dtype=torch.float32, device=device)
-        batch = limits.max_batch_size
-        partial, counters = _split_scratch(graph, all_programs)
-        vocab = max(p.operands[p.outputs[0]].features for p in all_programs)
-        shapes = {
-            "scratch.partial": (partial, torch.float32),
-            "scratch.counters": (counters, torch.int32),
-            "scratch.sums": (_stream_scratch(graph), torch.float32),
-            # One a group of blocks that share a product; there is at most one block a processor.
-            "scratch.arrived": (1024, torch.int32),
-            "sample.tokens": (2 * batch, torch.int32),
-            "sample.history": (batch * limits.max_seq_len, torch.int32),
-            "sample.seen": (batch * -(-vocab // 32), torch.int32),
-        }
-        for name, (count, dtype) in shapes.items():
-            self.tensors[name] = torch.zeros(max(count, 1), dtype=dtype, device=device)
-        # The largest logits lie behind the tokens: one copy brings both.
-        self.tensors["sample.largest"] = self.tensors["sample.tokens"][batch:].view(torch.float32)
-        self.arena = torch.zeros(
-            max(p.arena_bytes for p in all_programs), dtype=torch.uint8, device=device
-        )
-        most = max(p.layout.nbytes for p in all_programs)
-        self.step_host = torch.zeros(most, dtype=torch.uint8, pin_memory=True)
-        self.step_device = torch.zeros(most, dtype=torch.uint8, device=device)
-        self.drawn_host = torch.zeros(2 * batch, dtype=torch.int32, pin_memory=True)
-        self._step = self.step_host.numpy()
-        self._drawn = self.drawn_host.numpy()
-        self._history_host = torch.zeros(batch * limits.max_seq_len, dtype=torch.int32)
-
-    def address(self, program: Program, name: str) -> int:
-        if name.startswith("arena."):
-            return self.arena.data_ptr() + program.arena[name]
-        if name.startswith("step."):
-            field = program.layout.fields[name.removeprefix("step.")]
-            return self.step_device.data_ptr() + field.offset
-        return self.tensors[name].data_ptr()
-
-    def view(self, program: Program, operand: Operand, rows: int | None = None) -> Tensor:
-        """The operand as a tensor; `rows` of it where its first dimension is symbolic."""
-        shape = [d if isinstance(d, int) else rows or 0 for d in operand.shape]
-        dtype = DTYPES[operand.dtype]
-        if operand.buffer.startswith("arena."):
-            start = program.arena[operand.buffer] + operand.offset * dtype.itemsize
-            base = self.arena[start:].view(-1)[: (len(self.arena) - start) // 16 * 16].view(dtype)
-            strides = [operand.row_stride, 1] if len(shape) == 2 else [1]
-            return base.as_strided(shape, strides)
-        return self.tensors[operand.buffer]
-
-    def host(self, program: Program, name: str, dtype: Any = np.int32) -> Any:
-        """The host's side of an array of the step."""
-        field = program.layout.fields[name]
-        itemsize = np.dtype(dtype).itemsize
-        return self._step[field.offset : field.offset + field.count * itemsize].view(dtype)
-
-    def fill_sampling(self, program: Program, batch: StepBatch) -> None:
-        """Write how to sample each row, and upload the histories where any row needs one."""
-        rows = self.host(program, "sampling", PARAMS)[: len(batch.sampling)]
-        used = fill_params(rows, batch.sampling, self._history_host.numpy())
-        if used:
-            self.tensors["sample.history"][:used].copy_(self._history_host[:used])
-
-    def tokens(self, batch: StepBatch) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """The tokens drawn. Raises RequestError where a row had no finite largest logit."""
-        count = len(batch.logit_rows)
-        largest = self._drawn[self.limits.max_batch_size :].view(np.float32)[:count]
-        if not np.isfinite(largest).all():
-            row = int(np.flatnonzero(~np.isfinite(largest))[0])
-            raise RequestError(
-                f"the largest logit of the token at position {batch.sampling[row].position} is "
-                f"{largest[row]}, so no token can be drawn; the weights or the engine's precision "
-                "are unfit (look for NaN weights with: llmforge verify; build with a wider dtype)"
-            )
-        tokens: np.ndarray[Any, np.dtype[np.int32]] = self._drawn[:count].copy()
-        return tokens
 
 
 class _Runner:
@@ -373,21 +257,17 @@ class _Runner:
         self._table[count:, 0] = self._memory.limits.num_blocks
         if count < size or not batch.sampling:
             first = count if batch.sampling else 0
-            host(program, "sampling", PARAMS)[first:] = PARAMS_OFF
+            host(program, "sampling", PARAMS)[first:] = GREEDY
         self._sizes.set("tokens", size)
         self._sizes.set("sequences", size)
         self._sizes.set("rows", size)
         self._sizes.set("longest_query", 1)
 
 
-PARAMS_OFF = np.zeros((), PARAMS)
-PARAMS_OFF["top_p"] = PARAMS_OFF["repetition_penalty"] = 1
-
-
 class _BoundMatmul:
     """A product by torch (cuBLASLt), on views of the buffers."""
 
-    def __init__(self, call: Matmul, memory: _Memory, program: Program, sizes: Sizes) -> None:
+    def __init__(self, call: Matmul, memory: Memory, program: Program, sizes: Sizes) -> None:
         rows = program.shape.tokens if call.x.shape[0] == "tokens" else program.shape.sequences
         self._rows = str(call.x.shape[0])
         self._sizes = sizes
@@ -405,75 +285,3 @@ class _BoundMatmul:
             torch.mm(x, self._weight, out=out)
         else:
             torch.addmm(self._bias, x, self._weight, out=out)
-
-
-def _split_scratch(graph: Graph, all_programs: list[Program]) -> tuple[int, int]:
-    """Elements of the scratch that split attention needs, for the largest of the programs."""
-    partial = counters = 1
-    for node in graph.nodes:
-        if node.op != "attention":
-            continue
-        features = graph.tensors[node.inputs[0]].shape[-1]
-        assert isinstance(features, int)
-        head_dim = node.attrs["head_dim"]
-        for program in all_programs:
-            sizes = split_scratch_sizes(
-                program.shape.sequences, features // head_dim, head_dim, MAX_SPLITS
-            )
-            partial, counters = max(partial, sizes[0]), max(counters, sizes[1])
-    return partial, counters
-
-
-def _stream_scratch(graph: Graph) -> int:
-    """Elements of the scratch for products that several blocks share."""
-    most = 1
-    for node in graph.nodes:
-        if node.op == "linear":
-            weight = graph.tensors[node.inputs[1]]
-            features, k = weight.shape
-            assert isinstance(features, int) and isinstance(k, int)
-            plan = stream_plan(weight.dtype, k)
-            if plan and plan.split > 1:
-                most = max(most, stream_scratch_floats(features, plan.split))
-    return most
-
-
-def _read_graph(path: Path) -> Graph:
-    try:
-        return Graph.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path} is corrupt ({error}); build the engine again with: llmforge build"
-        ) from error
-
-
-def _load_modules(directory: Path, device: torch.device) -> tuple[dict[str, Module], str]:
-    """The engine's kernels for this GPU, by key, and the architecture that they are for."""
-    torch.zeros(1, device=device)  # makes the context that modules are loaded into
-    try:
-        kernels = json.loads((directory / PLAN_FILE).read_text())["kernels"]
-        arch = best_arch(list(kernels), torch.cuda.get_device_capability(device))
-        images = directory / KERNELS
-        return {
-            key: Module((images / image_name(key, arch)).read_bytes(), entry)
-            for key, entry in kernels[arch].items()
-        }, arch
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{directory / PLAN_FILE} or a kernel beside it is corrupt ({error}); "
-            "build the engine again with: llmforge build"
-        ) from error
-
-
-def best_arch(archs: Sequence[str], capability: tuple[int, int]) -> str:
-    """Of an engine's architectures, the best for a GPU of this capability: cubins run on GPUs of
-    the same major and the same or a later minor version; PTX on any later one."""
-    major, minor = capability
-    fitting = [
-        arch
-        for arch in archs
-        if arch.startswith("sm_")
-        and arch_number(arch) // 10 == major
-        and (arch_number(arch) % 10 == minor or (arch_number(arch) % 10 < minor and arch[-1] != "a"))
-    ]
-    return max(fitting, key=lambda arch: (arch_number(arch), arch)) if fitting else PTX_ARCH

@@ -49,7 +49,7 @@ def fill_params(
 ) -> int:
     """Write the rows' parameters to `target` [rows] and the histories that they need end to end to
     `history`. Returns how many tokens of history that was."""
-    target[:] = _GREEDY
+    target[:] = GREEDY
     used = 0
     for index, row in enumerate(rows):
         params = row.params
@@ -74,4 +74,5 @@ def fill_params(
     return used
 
 
-_GREEDY = np.array((0.0, 1.0, 0.0, 0, 0, 0, 1.0, 0, 0), PARAMS)
+# What a row without parameters of its own gets: the largest logit.
+GREEDY = np.array((0.0, 1.0, 0.0, 0, 0, 0, 1.0, 0, 0), PARAMS)

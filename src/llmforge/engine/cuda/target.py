@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llmforge.comm import Comm
-from llmforge.engine.cuda.lowering import LOWERINGS, lower
+from llmforge.engine.cuda.lowering import LOWERINGS, lower, refuse
 from llmforge.engine.cuda.program import Program, StepShape
 from llmforge.engine.cuda.sampling import sampling_launch
+from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
 from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.errors import BuildError, TargetError
@@ -35,7 +36,6 @@ GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 PLAN_FILE = "plan.json"
 KERNELS = "kernels"
-COLLECTIVES = ("all_reduce", "all_gather", "send", "recv")
 
 
 class CudaTarget:
@@ -56,21 +56,30 @@ class CudaTarget:
         return compiler.unavailable()
 
     def prepare(self, graph: Graph) -> Graph:
-        for node in graph.nodes:
-            if node.op in COLLECTIVES:
-                raise BuildError(
-                    "the cuda target runs on one GPU so far: build with tensor_parallel 1 and "
-                    "pipeline_parallel 1, or for the target cpu"
-                )
-        assert LOWERINGS.keys() >= {node.op for node in graph.nodes}
+        refused = {node.op for node in graph.nodes if LOWERINGS.get(node.op, refuse) is refuse}
+        if refused:
+            raise BuildError(
+                f"the cuda target cannot execute {', '.join(sorted(refused))} yet; build with "
+                "tensor_parallel 1 and pipeline_parallel 1, or for the target cpu"
+            )
         return apply(graph, PASSES)
+
+    def memory(self, graph: Graph, limits: Limits) -> MemoryPlan:
+        """Weights, KV cache with the spare block, and the buffers that all steps share."""
+        sizes = largest_step(limits)
+        sizes["blocks"] += 1
+        return MemoryPlan(
+            weights=sum(nbytes(p, sizes) for p in graph.parameters),
+            kv_cache=sum(nbytes(s, sizes) for s in graph.states),
+            activations=max(p.arena_bytes for p in programs(graph, limits, PTX_ARCH)),
+        )
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())
         archs = tuple(self._archs or _local_arch() or ARCHS)
         check_archs(archs)
         write_kernels(graph, limits, archs, out, self._cache)
-        entries = [(p.name, p.dtype, p.shape) for p in graph.parameters]
+        entries = [(p.name, p.dtype, p.sizes) for p in graph.parameters]
         with SafetensorsWriter(out / WEIGHTS_FILE, entries, {"format": "pt"}) as writer:
             for parameter in graph.parameters:
                 writer.write(parameter.name, weights.read(parameter))

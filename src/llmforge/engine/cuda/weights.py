@@ -65,7 +65,7 @@ class _Stage:
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
-        self._view = memoryview(self._pinned.numpy())
+        self._view: memoryview = self._pinned.numpy().data
         self._stream = torch.cuda.Stream(device)
 
     def copy(self, descriptor: int, offset: int, target: torch.Tensor, path: Path) -> None:

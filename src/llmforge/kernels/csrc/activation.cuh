@@ -1,4 +1,4 @@
-// activation(x) in float32, chosen by -D ACTIVATION_SILU, _GELU, _GELU_TANH or _RELU.
+// activation(x) in float32, chosen by -D ACTIVATION_SILU, _GELU, _GELU_TANH, _RELU or _RELU2.
 #pragma once
 
 DEVICE float activation(float x) {
@@ -10,6 +10,9 @@ DEVICE float activation(float x) {
     return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 #elif defined(ACTIVATION_RELU)
     return fmaxf(x, 0.0f);
+#elif defined(ACTIVATION_RELU2)
+    const float positive = fmaxf(x, 0.0f);
+    return positive * positive;
 #else
     return x;
 #endif

@@ -1,7 +1,8 @@
 // Attention over the paged cache, one warp a (token, query head): any dtype and head size, prefill
 // and decode alike. The fallback for what attention_mma.cu does not cover; all in float32.
 //   HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TABLE_STRIDE as in qkv.cu. WINDOW: positions attended to,
-//   0 for all. WARPS: warps a block. Grid: tokens * HEADS / WARPS.
+//   0 for all. WARPS: warps a block. CAP: scores are capped, soft_cap tanh(score / soft_cap).
+//   SLOPES: then lowered by slopes[head] for each position of distance. Grid: tokens * HEADS / WARPS.
 #include "common.cuh"
 
 #define PER_LANE ((HEAD_DIM + 31) / 32)
@@ -9,7 +10,7 @@
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 attention_simple(T* out, const T* q, const T* key_cache, const T* value_cache,
                  const int* query_starts, const int* kv_lens, const int* block_table, int tokens,
-                 int sequences, float scale) {
+                 int sequences, float scale, float soft_cap, const float* slopes) {
     let_next_start();
     wait_for_previous();
     const int lane = threadIdx.x % 32;
@@ -39,6 +40,12 @@ attention_simple(T* out, const T* q, const T* key_cache, const T* value_cache,
             if (d < HEAD_DIM) score += query[i] * to_float(key_cache[row + d]);
         }
         score = warp_sum(score);
+#if CAP
+        score = soft_cap * tanhf(score / soft_cap);
+#endif
+#if SLOPES
+        score -= slopes[head] * (position - key);
+#endif
         const float bound = fmaxf(largest, score);
         const float weight = expf(score - bound), keep = expf(largest - bound);
         largest = bound;

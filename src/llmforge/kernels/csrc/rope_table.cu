@@ -1,6 +1,7 @@
 // Cosines and sines of each token's rotation angles: out [tokens, DIM] float32, the DIM / 2 cosines
-// first. `frequencies` are those of the plain or stretched rope; with DYNAMIC the base grows with
-// the longer of the prompt and the token's own position (RopeConfig.frequencies).
+// first. `frequencies` [DIM / 2] are those of the plain or stretched rope. Where they depend on the
+// longer of the prompt and the token's own position (RopeConfig.frequencies): with DYNAMIC the base
+// grows with it, with LONGROPE a second DIM / 2 frequencies hold beyond `original`.
 // Grid: one block a token; DIM / 2 threads.
 #include "common.cuh"
 
@@ -13,9 +14,14 @@ rope_table(float* out, const int* positions, const int* query_starts, const int*
     const int token = blockIdx.x, i = threadIdx.x;
     const int position = positions[token];
     float frequency = frequencies[i];
-#if DYNAMIC
+#if DYNAMIC || LONGROPE
     const int prompt = prompt_lens[sequence_of(query_starts, sequences, token)];
     const int length = max(prompt, position + 1);
+#endif
+#if LONGROPE
+    if (length > original) frequency = frequencies[DIM / 2 + i];
+#endif
+#if DYNAMIC
     if (length > original) {
         const double stretch = factor * length / original - (factor - 1);
         const double base = theta * pow(stretch, (double)DIM / (DIM - 2));

@@ -88,9 +88,33 @@ struct Ring {
     }
 };
 
+#if NORM
+// Out of line, once: unrolled over all of x they are more code than the rest, and the first pass
+// through a kernel's code costs the more time the longer it is.
+__noinline__ __device__ float square_sum(uint4 x) {
+    float sum = 0;
+    const u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float low = low_half(words[j]), high = high_half(words[j]);
+        sum += low * low + high * high;
+    }
+    return sum;
+}
+
+__noinline__ __device__ uint4 normed(uint4 x, const T* weights, float scale) {
+    const uint4 w = *(const uint4*)weights;
+    auto pair = [scale](u32 value, u32 weight) {
+        return packed(rounded(low_half(value) * scale) * low_half(weight),
+                      rounded(high_half(value) * scale) * high_half(weight));
+    };
+    return make_uint4(pair(x.x, w.x), pair(x.y, w.y), pair(x.z, w.z), pair(x.w, w.w));
+}
+#endif
+
 // This lane's elements of x, in the layout of the second factor: row g, of every 64 elements the 16
 // from 16 t on. (The order of k is free as long as both factors agree; this one makes the lanes'
-// reads of the swizzled weights fall into different banks.)
+// reads of the swizzled weights fall into different banks.) `norm_weight` is in shared memory.
 DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, int count,
                    int first, float eps) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -102,13 +126,7 @@ DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, 
     __shared__ float sums[WARPS][8];
     float squares = 0;
 #pragma unroll
-    for (int i = 0; i < SLICE / 32; i++) {
-        const u32 words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            squares += low_half(words[j]) * low_half(words[j]) +
-                       high_half(words[j]) * high_half(words[j]);
-    }
+    for (int i = 0; i < SLICE / 32; i++) squares += square_sum(x[i]);
     squares += __shfl_xor_sync(FULL_WARP, squares, 1);
     squares += __shfl_xor_sync(FULL_WARP, squares, 2);
     if (t == 0) sums[threadIdx.x / 32][g] = squares;
@@ -117,19 +135,9 @@ DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, 
 #pragma unroll
     for (int w = 0; w < WARPS; w++) squares += sums[w][g];
     const float scale = rsqrtf(squares / K + eps);
-    auto normed = [scale](u32 value, u32 weight) {
-        return packed(rounded(low_half(value) * scale) * low_half(weight),
-                      rounded(high_half(value) * scale) * high_half(weight));
-    };
 #pragma unroll
-    for (int i = 0; i < SLICE / 32; i++) {
-        // Opaque, or the compiler keeps the floats of the loop above: twice the registers.
-        asm volatile("" : "+r"(x[i].x), "+r"(x[i].y), "+r"(x[i].z), "+r"(x[i].w));
-        if (i % 4 == 0) __syncwarp();  // or it reads all weights at once
-        const uint4 w = *(const uint4*)(norm_weight + first + t * 16 + i / 2 * 64 + i % 2 * 8);
-        x[i] = make_uint4(normed(x[i].x, w.x), normed(x[i].y, w.y), normed(x[i].z, w.z),
-                          normed(x[i].w, w.w));
-    }
+    for (int i = 0; i < SLICE / 32; i++)
+        x[i] = normed(x[i], norm_weight + first + t * 16 + i / 2 * 64 + i % 2 * 8, scale);
 #endif
 }
 

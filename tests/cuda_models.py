@@ -24,6 +24,9 @@ def tiny(**changes: Any) -> ModelConfig:
     layers = changes.get("num_layers", 2)
     head_dim = changes.get("head_dim", 32)
     rope = {"theta": 10000.0, "dim": head_dim, **changes.pop("rope", {})}
+    heads = changes.get("num_heads", 4)
+    if changes.pop("alibi", False):
+        changes["alibi_slopes"] = tuple(2.0 ** -(h + 1) for h in range(heads))
     window = changes.pop("window", None)
     fields: dict[str, Any] = {
         "family": "llama",
@@ -65,6 +68,21 @@ MODELS = {
             "scaling": "yarn", "factor": 4.0, "original_max_position": 64, "attention_factor": 1.1,
         }
     ),
+    "longrope": tiny(
+        rope={
+            "scaling": "longrope", "original_max_position": 24, "attention_factor": 1.2,
+            "short_factor": (1.0,) * 16, "long_factor": tuple(1.0 + i / 8 for i in range(16)),
+        }
+    ),
+    "layer-norm": tiny(
+        norm="layer", norm_bias=True, gated_mlp=False, activation="relu2", mlp_bias=True,
+        head_bias=True,
+    ),
+    "scaled-and-capped": tiny(
+        attention_softcap=5.0, logit_softcap=3.0, embedding_scale=2.0, residual_scale=0.7,
+        logit_scale=0.5, post_norm=True, window=20,
+    ),
+    "alibi-parallel": tiny(alibi=True, parallel_block=True, shared_norm=True, qk_norm=True),
     # Shapes that the streaming products take in two-byte types.
     "wide": tiny(
         hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=2, head_dim=64,
@@ -101,6 +119,15 @@ def compile_into(target: Any, graph: Graph, weights: Any, limits: Limits, out: P
     out.mkdir(parents=True)
     target.compile(graph, weights, limits, out)
     return out
+
+
+def poison(executable: Any) -> None:
+    """Fill the buffers that steps share with NaN, in every dtype: what a step reads before it has
+    written it is seen. The step runs on a stream of its own, so the fill must be over first."""
+    import torch
+
+    executable.memory.arena.fill_(255)
+    torch.cuda.synchronize()
 
 
 class Driver:
@@ -167,3 +194,21 @@ def tolerance(config: ModelConfig, expected: Any) -> float:
     from llmforge.runtime.verify import logit_tolerance
 
     return logit_tolerance(config, math.sqrt(float(np.mean(np.square(expected)))))
+
+
+def _real(hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int, **changes: Any) -> Any:
+    return tiny(
+        dtype="bfloat16", num_layers=1, hidden_size=hidden, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=head_dim, intermediate_size=mlp, vocab_size=32000,
+        **changes,
+    )  # fmt: skip
+
+
+REAL = (
+    _real(4096, 32, 8, 128, 14336),
+    _real(2048, 32, 8, 64, 8192),
+    _real(3584, 28, 4, 128, 18944, qkv_bias=True),
+    _real(2560, 32, 8, 80, 6912, window=4096),
+    _real(3072, 32, 32, 96, 8192, qk_norm=True),
+)
+"""One layer at the shapes of real models."""

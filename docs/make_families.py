@@ -1,0 +1,56 @@
+"""Writes docs/families.md from the registry of families and the cases of the parity suite:
+python docs/make_families.py"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests/parity"))
+
+from models import CASES  # noqa: E402
+
+from llmforge.checkpoint.families import FAMILIES  # noqa: E402
+
+OUTPUT = ROOT / "docs/families.md"
+HEAD = """\
+# Model families
+
+Written by `python docs/make_families.py`; do not edit.
+
+`llmforge convert` reads these architectures from a Hugging Face directory or Hub id. A family is a
+row in `src/llmforge/checkpoint/families/`; what it does differently is a field of `ModelConfig`.
+Variants of a family that llmforge does not support are refused by name.
+
+Every case of the parity suite is a tiny random model of transformers in odd sizes. Greedy tokens in
+float32 are those of transformers, with prompts cut into chunks; logits in float32, bfloat16 and
+float16 are within what rounding explains; and two tensor-parallel ranks, and two pipeline stages,
+give the tokens of one. Weights of norms that a family stores less one (Gemma, Nemotron) are stored
+whole, and families that rotate neighbouring elements have their q and k rows reordered, so that
+targets see one kind of norm and one kind of rope.
+
+| family | architecture | what is particular | parity cases | cpu |
+|---|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """The whole file."""
+    rows = []
+    for family in FAMILIES:
+        cases = [case.name for case in CASES if case.model_type in family.model_types]
+        assert cases, f"{family.name} has no case in the parity suite"
+        cells = (
+            family.name,
+            f"`{family.architectures[0]}`",
+            family.features,
+            ", ".join(cases),
+            "yes",
+        )
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return HEAD + "".join(rows)
+
+
+if __name__ == "__main__":
+    OUTPUT.write_text(table())

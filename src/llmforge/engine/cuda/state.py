@@ -1,0 +1,138 @@
+"""`Lowering`: a program in the making, for the rows and patterns that lower nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmforge.engine.cuda.program import (
+    Instruction,
+    Matmul,
+    Program,
+    StepLayout,
+    StepShape,
+    buffer_bytes,
+    plan_arena,
+)
+from llmforge.engine.memory import largest_step
+from llmforge.engine.step import Limits
+from llmforge.kernels import stream
+from llmforge.kernels.attention import Cache
+from llmforge.kernels.launch import Launch, Operand
+from llmforge.model.graph import Graph, Node
+
+# Blocks a sequence's keys are divided among at most: enough to fill a large GPU from one sequence.
+MAX_SPLITS = 32
+_NARROW = 2048  # features
+
+
+@dataclass(frozen=True)
+class DeferredNorm:
+    """A normed tensor that is not in memory: the products that read it compute it on the way in."""
+
+    x: Operand
+    weight: Operand
+    eps: float
+
+
+class Lowering:
+    """The program of one graph and step shape in the making."""
+
+    def __init__(self, graph: Graph, limits: Limits, shape: StepShape) -> None:
+        self.graph = graph
+        self.limits = limits
+        self.shape = shape
+        self.layout = StepLayout.of(shape, limits)
+        self.readers = graph.consumers()
+        self.parameters = {p.name for p in graph.parameters}
+        self.operands: dict[str, Operand] = {}
+        self.constants: dict[str, tuple[float, ...]] = {}
+        self.deferred: dict[str, DeferredNorm] = {}
+        self.streamed = 0  # products by stream_gemm.cu so far
+        self._instructions: list[Instruction] = []
+        self._buffers: dict[str, int] = {}
+        self._sizes = largest_step(limits) | {
+            "tokens": shape.tokens,
+            "sequences": shape.sequences,
+            "rows": shape.sequences,
+        }
+        for tensor in graph.inputs:
+            self.operands[tensor.name] = self._whole(f"step.{tensor.name}", tensor.name)
+        for tensor in (*graph.states, *graph.parameters):
+            self.operands[tensor.name] = self._whole(tensor.name, tensor.name)
+        # Measured on an H200 (benchmarks/notes.md): for wider models the library is faster from
+        # two rows on.
+        narrow = self._widest_norm() <= _NARROW
+        self.stream_rows = stream.STREAM_ROWS if narrow else 1
+
+    def finish(self) -> Program:
+        """The program of what was emitted."""
+        outputs = [self.operands[name].buffer for name in self.graph.outputs]
+        arena, nbytes = plan_arena(self._instructions, self._buffers, outputs)
+        return Program(
+            self.shape,
+            self.layout,
+            tuple(self._instructions),
+            self.operands,
+            self.graph.outputs,
+            self.constants,
+            arena,
+            nbytes,
+        )
+
+    def operand(self, name: str) -> Operand:
+        """The operand of a graph tensor that is computed already."""
+        return self.operands[name]
+
+    def new(self, name: str) -> Operand:
+        """A buffer of its own for a graph tensor."""
+        tensor = self.graph.tensors[name]
+        operand = self._whole(f"arena.{name}", name)
+        self._buffers[operand.buffer] = buffer_bytes(tensor.shape, tensor.dtype, self._sizes)
+        self.operands[name] = operand
+        return operand
+
+    def emit(self, call: Launch | Matmul, *tensors: str) -> None:
+        """Append an instruction; `tensors` are computed once it has run."""
+        self._instructions.append(Instruction(call, tensors))
+
+    def split(self, node: Node) -> None:
+        """The outputs of a split node: parts of every row, where they are."""
+        x = self.operand(node.inputs[0])
+        start = 0
+        for name, size in zip(node.outputs, node.attrs["sizes"], strict=True):
+            self.operands[name] = x.columns(start, start + size)
+            start += size
+
+    def only_reader(self, name: str) -> Node | None:
+        """The node that reads a tensor, where there is just one and the graph does not give the
+        tensor out."""
+        readers = self.readers.get(name, [])
+        return readers[0] if len(readers) == 1 and name not in self.graph.outputs else None
+
+    def cache(self, node: Node) -> Cache:
+        """The cache and step tables of an attention node."""
+        keys = self.graph.tensors[node.inputs[3]]
+        kv_heads = keys.shape[2]
+        assert isinstance(kv_heads, int)
+        return Cache(
+            keys=self.operand(node.inputs[3]),
+            values=self.operand(node.inputs[4]),
+            query_starts=self.operand(node.inputs[5]),
+            kv_lens=self.operand(node.inputs[6]),
+            block_table=self.operand(node.inputs[7]),
+            kv_heads=kv_heads,
+            head_dim=node.attrs["head_dim"],
+            block_size=self.limits.block_size,
+            table_stride=self.layout.table_stride,
+        )
+
+    def _widest_norm(self) -> int:
+        """The features of the residual: the longest weight of an RMSNorm, 0 where there is none."""
+        norms = (n for n in self.graph.nodes if n.op in ("rms_norm", "add_rms_norm"))
+        return max((self.operands[n.inputs[-1]].features for n in norms), default=0)
+
+    def _whole(self, buffer: str, name: str) -> Operand:
+        tensor = self.graph.tensors[name]
+        last = tensor.shape[-1]
+        stride = last if isinstance(last, int) else 1
+        return Operand(buffer, tensor.shape, tensor.dtype, stride)

@@ -1,0 +1,143 @@
+"""Launches of the attention kernels: what precedes attention, and attention over the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmforge.kernels.launch import (
+    Argument,
+    Extent,
+    Float,
+    Launch,
+    Operand,
+    Size,
+    extent,
+    require,
+    same_dtype,
+    specialised,
+)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The paged KV cache of a layer, and the step's tables that say where things are."""
+
+    keys: Operand
+    values: Operand
+    query_starts: Operand
+    kv_lens: Operand
+    block_table: Operand
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    table_stride: int
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {
+            "KV_HEADS": self.kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_SIZE": self.block_size,
+            "TABLE_STRIDE": self.table_stride,
+        }
+
+
+def qkv(
+    q_out: Operand,
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    cache: Cache,
+    positions: Operand,
+    *,
+    table: Operand | None = None,
+    bias: Operand | None = None,
+    q_norm: Operand | None = None,
+    k_norm: Operand | None = None,
+    eps: float = 0.0,
+) -> Launch:
+    """Bias, norm and rotate q and k; q to `q_out`, k and v into the cache. What is None is left
+    out; `bias` is that of q | k | v."""
+    dtype = same_dtype(q_out, q, k, v, cache.keys, cache.values, bias, q_norm, k_norm)
+    heads = q.features // cache.head_dim
+    require(k.features == v.features == cache.kv_heads * cache.head_dim, "qkv: k, v and cache")
+    require(q_out.contiguous and q_out.features == q.features, "qkv: q_out is q, contiguous")
+    require((q_norm is None) == (k_norm is None), "qkv: q and k are normed both or neither")
+    warps = 4
+    spec = specialised(
+        "qkv.cu", "qkv", dtype, HEADS=heads, WARPS=warps, BIAS=int(bias is not None),
+        NORM=int(q_norm is not None), ROPE_DIM=table.features if table else 0, **cache.defines,
+    )  # fmt: skip
+    arguments: tuple[Argument, ...] = (
+        q_out, cache.keys, cache.values, q, k, v, bias, q_norm, k_norm, table, positions,
+        cache.query_starts, cache.block_table, Size("sequences"),
+        q.row_stride, k.row_stride, v.row_stride, Float(eps),
+    )  # fmt: skip
+    blocks = -(-(heads + 2 * cache.kv_heads) // warps)
+    return Launch(spec, arguments, (extent(q.shape[0]), blocks, 1), warps * 32)
+
+
+@dataclass(frozen=True)
+class SplitScratch:
+    """What the blocks that share a sequence's keys need to join their results: `partial` float32,
+    `counters` int32 zeros, and how many blocks at most share a sequence."""
+
+    partial: Operand
+    counters: Operand
+    splits: int
+
+
+def split_scratch_sizes(sequences: int, heads: int, head_dim: int, splits: int) -> tuple[int, int]:
+    """Elements of `partial` and of `counters` (one a query head is enough)."""
+    return sequences * heads * splits * (head_dim + 2), sequences * heads
+
+
+def has_tensor_core_attention(dtype: str, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether attention_mma.cu covers this shape."""
+    return dtype != "float32" and head_dim % 8 == 0 and head_dim <= 128 and heads // kv_heads <= 16
+
+
+def attention(
+    out: Operand,
+    q: Operand,
+    cache: Cache,
+    *,
+    scale: float,
+    window: int | None,
+    split: SplitScratch | None = None,
+    soft_cap: float | None = None,
+    slopes: Operand | None = None,
+) -> Launch:
+    """Causal attention of contiguous q [tokens, heads * head_dim] over the cache, which holds the
+    new tokens already. With `split`, every sequence has one new token. `soft_cap` and `slopes`
+    (float32, one a head) change the scores as scored_attention does."""
+    dtype = same_dtype(out, q, cache.keys, cache.values)
+    heads = q.features // cache.head_dim
+    require(q.contiguous and out.contiguous, "attention: q and out must be contiguous")
+    defines = {"HEADS": heads, "WINDOW": window or 0, **cache.defines}
+    step = (cache.query_starts, cache.kv_lens, cache.block_table)
+    plain = soft_cap is None and slopes is None
+    covered = has_tensor_core_attention(dtype, heads, cache.kv_heads, cache.head_dim)
+    if not (plain and covered):
+        warps = 4
+        defines |= {"CAP": int(soft_cap is not None), "SLOPES": int(slopes is not None)}
+        spec = specialised("attention_simple.cu", "attention_simple", dtype, WARPS=warps, **defines)
+        arguments: tuple[Argument, ...] = (
+            out, q, cache.keys, cache.values, *step,
+            Size("tokens"), Size("sequences"), Float(scale), Float(soft_cap or 0.0), slopes,
+        )  # fmt: skip
+        return Launch(spec, arguments, (Size("tokens", heads, warps), 1, 1), warps * 32)
+    group, warps = heads // cache.kv_heads, 4
+    defines |= {"GROUP": group, "WARPS": warps, "OVER_KEYS": int(split is not None)}
+    spec = specialised("attention_mma.cu", "attention", dtype, **defines)
+    common = (out, q, cache.keys, cache.values, *step)
+    if split is None:
+        tiles = Size("longest_query", 1, warps * (16 // group))
+        grid: tuple[Extent, Extent, Extent] = (tiles, cache.kv_heads, Size("sequences"))
+        return Launch(spec, (*common, Float(scale)), grid, warps * 32)
+    return Launch(
+        spec,
+        (*common, split.partial, split.counters, Float(scale)),
+        (cache.kv_heads, Size("sequences"), split.splits),
+        warps * 32,
+    )

@@ -1,0 +1,154 @@
+"""Every family's config: transformers' defaults, its tensors, and the variants that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from llmforge.checkpoint.config import ModelConfig
+from llmforge.checkpoint.families import FAMILIES, Family, plan_for, read_config
+from llmforge.errors import UnsupportedModelError
+from llmforge.safetensors_io import TensorInfo
+
+REQUIRED = {
+    "hidden_size": 4096,
+    "intermediate_size": 24,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 64,
+    "vocab_size": 33,
+}
+# Tensors that transformers saves under another name than it has them in memory.
+SAVED_AS = {("gpt_neox", "lm_head.weight"): "embed_out.weight"}
+BY_NAME = {family.name: family for family in FAMILIES}
+by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+def read(directory: Path, values: dict[str, Any]) -> ModelConfig:
+    (directory / "config.json").write_text(json.dumps(values))
+    return read_config(directory / "config.json")[1]
+
+
+def spelled(family: Family, values: dict[str, Any]) -> dict[str, Any]:
+    return {family.aliases.get(name, name): value for name, value in values.items()}
+
+
+@by_name
+def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path, family: Family) -> None:
+    required = spelled(family, REQUIRED)
+    ours = read(tmp_path, {"architectures": [family.architectures[0]], **required})
+    theirs = transformers.AutoConfig.for_model(family.model_types[0], **required)
+
+    def default(name: str) -> Any:
+        return getattr(theirs, family.aliases.get(name, name), None)
+
+    assert ours.head_dim == (default("head_dim") or 64)
+    assert ours.max_position == (default("max_position_embeddings") or 2048)
+    assert ours.norm_eps == (default("norm_eps") or 1e-5)
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.bos_token_id == theirs.bos_token_id
+    eos = theirs.eos_token_id
+    assert list(ours.eos_token_ids) == (
+        [] if eos is None else eos if isinstance(eos, list) else [eos]
+    )
+    rope = getattr(theirs, "rope_parameters", None)
+    if ours.window_rope is not None:
+        assert ours.window_rope.theta == rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if ours.rope is not None and rope is not None:
+        assert ours.rope.theta == rope["rope_theta"]
+        assert ours.rope.dim == int(ours.head_dim * rope.get("partial_rotary_factor", 1.0))
+    # Kv heads, biases, norms, tied heads and sizes show in the tensors.
+    theirs.pad_token_id = None  # beyond this vocabulary
+    if getattr(theirs, "num_key_value_heads", 0) is None:
+        theirs.num_key_value_heads = 64
+    with torch.device("meta"):
+        model = getattr(transformers, family.architectures[0])(theirs)
+    tensors = {
+        SAVED_AS.get((family.name, name), name): TensorInfo(
+            "float32", tuple(tensor.shape), 0, 4 * tensor.numel()
+        )
+        for name, tensor in model.state_dict().items()
+    }
+    plan_for(family, ours, tensors, "transformers' model")
+
+
+REFUSED = [
+    ("gemma", {"use_bidirectional_attention": True}),
+    ("gemma3", {"use_bidirectional_attention": True}),
+    ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}),
+    ("falcon", {"alibi": True}),
+    ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}),
+    ("gpt2", {"add_cross_attention": True}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt_bigcode", {"add_cross_attention": True}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("opt", {"word_embed_proj_dim": 512}),
+    ("opt", {"layer_norm_elementwise_affine": False}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("mpt", {"attn_config": {"clip_qkv": 6.0}}),
+    ("mpt", {"attn_config": {"qk_ln": True}}),
+    ("mpt", {"attn_config": {"alibi": False}}),
+    ("mpt", {"no_bias": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), REFUSED, ids=str)
+def test_variants_that_are_not_supported_are_refused_by_name(
+    tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    family = BY_NAME[name]
+    values = {"architectures": [family.architectures[0]], **spelled(family, REQUIRED)}
+    read(tmp_path, values)
+    with pytest.raises(UnsupportedModelError, match="is not supported; supported: ") as caught:
+        read(tmp_path, {**values, **changes})
+    field, value = list(changes.items())[-1]
+    assert (next(iter(value)) if isinstance(value, dict) else field) in str(caught.value)
+
+
+def test_two_ropes_as_transformers_4_spells_them(tmp_path: Path) -> None:
+    values = {
+        **REQUIRED,
+        "architectures": ["Gemma3ForCausalLM"],
+        "rope_theta": 5e5,
+        "rope_local_base_freq": 2e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 3,
+        "num_hidden_layers": 6,
+    }
+    config = read(tmp_path, values)
+    assert config.rope is not None and config.window_rope is not None
+    assert (config.rope.theta, config.rope.factor) == (5e5, 8.0)
+    assert (config.window_rope.theta, config.window_rope.scaling) == (2e4, "default")
+    assert [window is None for window in config.sliding_window] == [False, False, True] * 2
+    assert config.layer_rope(1) == config.window_rope
+    assert config.layer_rope(2) == config.rope
+
+
+def test_layers_without_windows_have_no_positions_beside_those_with(tmp_path: Path) -> None:
+    values = {
+        **REQUIRED,
+        "architectures": ["Exaone4ForCausalLM"],
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "sliding_window": 9,
+        "sliding_window_pattern": "LLLG",
+    }
+    config = read(tmp_path, values)
+    assert config.sliding_window == (9, 9, 9, None)
+    assert [config.layer_rope(layer) is None for layer in range(4)] == [False] * 3 + [True]
+    everywhere = read(tmp_path, {**values, "sliding_window": None})
+    assert everywhere.sliding_window == (None,) * 4
+    assert everywhere.layer_rope(3) == everywhere.rope
+
+
+def test_configs_survive_their_manifests(tmp_path: Path) -> None:
+    for family in FAMILIES:
+        values = {"architectures": [family.architectures[0]], **spelled(family, REQUIRED)}
+        config = read(tmp_path, values)
+        plain = json.loads(json.dumps(config.to_dict()))
+        assert ModelConfig.from_dict(plain) == config

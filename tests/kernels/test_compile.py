@@ -1,0 +1,84 @@
+"""Every kernel compiles for every architecture, without a GPU."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from llmforge.kernels import compile as compiler
+from llmforge.kernels.compile import CompileError, KernelSpec, compile_kernel
+
+pytestmark = pytest.mark.skipif(
+    compiler.unavailable() is not None, reason="needs NVRTC: pip install 'llmforge[cuda]'"
+)
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+# Kernels that may spill, and how many bytes: fragments of 16 rows by 128 elements, keys and values
+# take all registers that two blocks a multiprocessor leave.
+SPILLS = {"attention": 64}
+
+
+def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
+    from cuda_models import MODELS, REAL
+
+    from llmforge.engine.cuda.target import CudaTarget, engine_kernels
+    from llmforge.engine.step import Limits
+    from llmforge.model.decoder import trace
+    from llmforge.parallel import Topology
+
+    limits = Limits(8, 128, 128, 16, 64)
+    found: dict[str, KernelSpec] = {}
+    names = ("layer-norm", "scaled-and-capped", "alibi-parallel", "dynamic-rope", "all-biases")
+    for config in [*REAL, *(MODELS[name] for name in names)]:
+        graph = CudaTarget().prepare(trace(config, Topology(), 0))
+        found.update(engine_kernels(graph, limits, arch))
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_compiles_without_unexpected_spills(arch):
+    kernels = list(kernels_of_models(arch).values())
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        compiled = list(pool.map(lambda spec: compile_kernel(spec, arch), kernels))
+    spills = {
+        (spec.entry, spec.defines): result.spill_bytes
+        for spec, result in zip(kernels, compiled, strict=True)
+        if result.spill_bytes > SPILLS.get(spec.entry, 0)
+    }
+    assert not spills
+    assert all(result.image.startswith(b"\x7fELF") for result in compiled)
+
+
+RELU = KernelSpec(
+    "elementwise.cu",
+    "elementwise",
+    (("ACTIVATION_RELU", 1), ("DTYPE_FLOAT32", 1), ("FEATURES", 64), ("OP_ACTIVATION", 1),
+     ("THREADS", 64), ("WIDTH", 1)),
+)  # fmt: skip
+
+
+def test_ptx():
+    assert b".target sm_80" in compile_kernel(RELU, "compute_80").image
+
+
+def test_results_are_kept_by_source_flags_and_arch(tmp_path, monkeypatch):
+    first = compile_kernel(RELU, "sm_90", tmp_path)
+    monkeypatch.setattr(compiler, "_compile", None)  # calling it again would fail
+    assert compile_kernel(RELU, "sm_90", tmp_path) == first
+    with pytest.raises(TypeError):
+        compile_kernel(RELU, "sm_80", tmp_path)
+    wider = KernelSpec(RELU.source, RELU.entry, (*RELU.defines, ("UNUSED", 1)))
+    with pytest.raises(TypeError):
+        compile_kernel(wider, "sm_90", tmp_path)
+    monkeypatch.setattr(compiler, "compiler_version", lambda: "99.0")
+    with pytest.raises(TypeError):
+        compile_kernel(RELU, "sm_90", tmp_path)
+
+
+def test_the_log_travels_in_the_error():
+    broken = KernelSpec(RELU.source, RELU.entry, (("THREADS", 64),))
+    with pytest.raises(CompileError, match="elementwise does not compile for sm_90") as caught:
+        compile_kernel(broken, "sm_90")
+    assert "DTYPE_BFLOAT16" in caught.value.log
