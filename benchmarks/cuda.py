@@ -146,9 +146,9 @@ def bench(
     limits = Limits(most, total, max(2048, most), 32, most * -(-total // 32))
     executable = load(config, limits)
     head_only = 0 if config.tied_embeddings else config.vocab_size * config.hidden_size * 2
-    weight_bytes = sum(
-        math.prod(int(d) for d in p.shape) * 2 for p in executable.graph.parameters
-    ) - head_only  # of the embedding only one row a token is read
+    weight_bytes = (
+        sum(math.prod(int(d) for d in p.shape) * 2 for p in executable.graph.parameters) - head_only
+    )  # of the embedding only one row a token is read
     rows = []
     for batch in batches:
         serve(executable, config.vocab_size, batch, input_len, 8)

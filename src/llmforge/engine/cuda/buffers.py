@@ -43,9 +43,7 @@ class Memory:
         for state in graph.states:
             shape = [sizes[d] if isinstance(d, str) else d for d in state.shape]
             # Zeros, so that a block that was never written holds no NaN.
-            self.tensors[state.name] = torch.zeros(
-                shape, dtype=DTYPES[state.dtype], device=device
-            )
+            self.tensors[state.name] = torch.zeros(shape, dtype=DTYPES[state.dtype], device=device)
         for program in all_programs:
             for name, values in program.constants.items():
                 self.tensors[name] = torch.tensor(values, dtype=torch.float32, device=device)

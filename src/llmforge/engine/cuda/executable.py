@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmforge.engine.cuda.buffers import Memory
+from llmforge.engine.cuda.modules import load_modules, read_graph
 from llmforge.engine.cuda.program import Instruction, Matmul, Program
 from llmforge.engine.cuda.sampling import GREEDY, PARAMS, fill_params, sampling_launch
 from llmforge.engine.cuda.target import (

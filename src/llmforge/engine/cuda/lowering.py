@@ -83,9 +83,7 @@ def _rope_table(low: Lowering, node: Node) -> None:
     frequencies = Operand(name, (count,), "float32", count)
     positions, query_starts, prompt_lens = (low.operand(name) for name in node.inputs)
     out = low.new(node.outputs[0])
-    call = kernels.rope_table(
-        out, positions, query_starts, prompt_lens, frequencies, rope=rope
-    )
+    call = kernels.rope_table(out, positions, query_starts, prompt_lens, frequencies, rope=rope)
     low.emit(call, node.outputs[0])
 
 

@@ -118,10 +118,10 @@ def _linear_add(low: Lowering, index: int) -> int:
     if nodes[0].op != "linear" or len(nodes) < 2 or nodes[1].op not in ("add", "add_rms_norm"):
         return 0
     linear, added = nodes
-    product, pair = linear.outputs[0], added.inputs[:2]
-    if product not in pair or pair[0] == pair[1] or not low.only_reader(product):
+    result, pair = linear.outputs[0], added.inputs[:2]
+    if result not in pair or pair[0] == pair[1] or not low.only_reader(result):
         return 0
-    residual = low.operands.get(pair[0] if pair[1] == product else pair[1])
+    residual = low.operands.get(pair[0] if pair[1] == result else pair[1])
     if residual is None or len(residual.shape) != 2 or not streams(low, linear):
         return 0
     if not residual.contiguous:

@@ -44,9 +44,7 @@ def load_weights(path: Path, graph: Graph, device: torch.device) -> dict[str, to
                 stages.put(stage)
 
         pieces = (
-            piece
-            for name, info in infos.items()
-            for piece in _pieces(info.start, weights[name])
+            piece for name, info in infos.items() for piece in _pieces(info.start, weights[name])
         )
         list(pool.map(copy, pieces))
     torch.cuda.synchronize(device)
