@@ -1,6 +1,6 @@
 """The cpu target beside transformers: the same weights, the same machine, in turn.
 
-    python benchmarks/cpu.py [--config configs/models/qwen2.5-0.5b.json] [--rounds 3]
+    python benchmarks/cpu_speed.py [--config configs/models/qwen2.5-0.5b.json] [--rounds 3]
 
 Makes a model of the config's shapes with random bfloat16 weights, converts and builds it with the
 command line, and measures prefill of `--input-len` tokens at batch 1 and decode at each
@@ -91,8 +91,8 @@ def llmforge(*arguments: object) -> None:
 
 def in_fresh_process(function: str, *arguments: Any) -> dict[str, Any]:
     code = (
-        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cpu; "
-        f"print(json.dumps(cpu.{function}(*{list(arguments)!r})))"
+        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cpu_speed; "
+        f"print(json.dumps(cpu_speed.{function}(*{list(arguments)!r})))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
