@@ -2,6 +2,7 @@
 # make test    linters, type checker, tests
 # make lint    the first two of these
 # make bench   speed at Qwen2.5-0.5B's shapes
+# make test-gpu, make bench-gpu   the cuda target, on a machine with an NVIDIA GPU
 # make clean   remove what these made
 #
 # Nothing but Python 3.11 is assumed: the environment is made in .venv, and MPI comes from pip.
@@ -26,7 +27,7 @@ endif
 SOURCES := $(shell find src -name '*.py' -o -name '*.cu' -o -name '*.cuh')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint typecheck bench clean
+.PHONY: demo test lint bench test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(WORK)/engine/engine.yaml
@@ -52,6 +53,13 @@ bench: $(VENV)/.demo
 	$(BIN)/llmforge build -c configs/bench-qwen2.5-0.5b.yaml
 	$(BIN)/llmforge bench -c configs/bench-qwen2.5-0.5b.yaml
 
+# On a machine with an NVIDIA GPU, in an environment that has torch with CUDA and llmforge[cuda,dev].
+test-gpu:
+	python3 -m pytest -q -n 8 tests/cuda
+
+bench-gpu:
+	python3 benchmarks/cuda_speed.py --json benchmarks/results/cuda.json
+
 clean:
 	rm -rf $(VENV) workdir .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -66,5 +74,5 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) -e '.[mpi,verify,dev]'
+	$(INSTALL) -e '.[mpi,cuda,verify,dev]'
 	touch $@ $(VENV)/.demo

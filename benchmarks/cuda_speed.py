@@ -1,6 +1,6 @@
 """The cuda target on this machine's GPU: decode and prefill latency at real shapes, random weights.
 
-    python benchmarks/cuda_speed.py [--model llama-3.1-8b] [--batch-size 1] [--json results/cuda.json]
+    python benchmarks/cuda_speed.py [--model llama-3.1-8b] [--batch-size 1] [--json FILE]
 
 Weights are drawn on the GPU, so no checkpoint of that size is written. Requests go through the same
 `Session` that `llmforge run` and `bench` use. Reported for each batch size: TTFT (the mean over the

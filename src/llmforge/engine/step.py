@@ -90,7 +90,8 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step's outcome on rank 0: tokens drawn on the device, or the logits to draw from."""
+    """A step's outcome on rank 0: tokens drawn on the device, or the logits to draw from. A batch
+    without `sampling` always gives logits."""
 
     tokens: Int32 | None = None  # [R]
     logits: Float32 | None = None  # [R, vocab_size]

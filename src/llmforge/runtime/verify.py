@@ -12,7 +12,7 @@ import numpy as np
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.comm import Comm
-from llmforge.engine.step import Float32, SampleRow, SamplingParams, StepBatch
+from llmforge.engine.step import Float32, StepBatch
 from llmforge.engine.target import Executable
 from llmforge.errors import SourceError, TargetError, VerificationError
 
@@ -137,7 +137,6 @@ def _step_logits(
     size = executable.limits.block_size
     blocks = -(-tokens.shape[1] // size)
     new = stop - start
-    greedy = SampleRow(SamplingParams(), stop, np.zeros(0, np.int32))
     batch = StepBatch(
         token_ids=np.ascontiguousarray(tokens[:, start:stop].reshape(-1), np.int32),
         positions=np.tile(np.arange(start, stop, dtype=np.int32), count),
@@ -146,12 +145,11 @@ def _step_logits(
         block_table=np.arange(count * blocks, dtype=np.int32).reshape(count, blocks),
         prompt_lens=np.full(count, prompt_len, np.int32),
         logit_rows=np.arange(new - 1, count * new, new, dtype=np.int32),
-        sampling=(greedy,) * count,
     )
     if comm.size > 1:
-        comm.broadcast(dataclasses.replace(batch, sampling=()))
+        comm.broadcast(batch)
     logits = executable.step(batch).logits
-    assert logits is not None, "this target samples on its device and gives no logits"
+    assert logits is not None, "a step that asks for no sampling gives logits"
     return logits
 
 

@@ -105,9 +105,11 @@ class CudaExecutable:
         runner = self._runner_of(batch)
         with torch.cuda.stream(self._stream):
             names = runner.run_eagerly(batch, stop_after)
-            self._stream.synchronize()
             rows = {"tokens": batch.num_tokens, "rows": len(batch.logit_rows)}
-            return {name: runner.tensor(name, rows).clone() for name in names}
+            copies = {name: runner.tensor(name, rows).clone() for name in names}
+            # The caller reads them on another stream, which does not wait for this one.
+            self._stream.synchronize()
+            return copies
 
     def time_decode(self, batch: StepBatch, repeat: int) -> float:
         """Seconds of device time that a decode step takes: the median of `repeat`."""
