@@ -6,12 +6,15 @@ Makes a model of the config's shapes with random bfloat16 weights, converts and 
 command line, and measures prefill of `--input-len` tokens at batch 1 and decode at each
 `--batch-size`: llmforge through `llmforge bench`, transformers through its own forward pass with a
 KV cache (logits of the last position only). The two take turns, `--rounds` times, each in a fresh
-process; the report has medians, their ratio, and the floor: a decode step reads every weight once,
-so it cannot be faster than the weights' bytes over the memory bandwidth measured in the same run.
+process; the report has medians, their ratio, and the floor. A decode step reads every weight once,
+so it cannot be faster than the weights' bytes over the memory bandwidth; a prefill multiplies each
+token by every layer's weights, so it cannot be faster than those operations over the rate of a
+large bfloat16 product. Both ceilings are measured in the same run.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import statistics
@@ -39,6 +42,23 @@ def read_bandwidth() -> float:
         buffer.sum()
         best = min(best, time.perf_counter() - start)
     return buffer.nbytes / best
+
+
+def product_rate() -> float:
+    """Operations a second of a 4096-cube bfloat16 matrix product, the best of 5."""
+    import torch
+
+    a, b = (torch.randn(4096, 4096).bfloat16() for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 4096**3 / best
+
+
+def ceilings() -> dict[str, float]:
+    return {"bytes_per_second": read_bandwidth(), "operations_per_second": product_rate()}
 
 
 def measure_transformers(model_dir: str, input_len: int, batch_sizes: list[int]) -> dict[str, Any]:
@@ -100,8 +120,9 @@ def in_fresh_process(function: str, *arguments: Any) -> dict[str, Any]:
     return dict(json.loads(out.splitlines()[-1]))
 
 
-def make_model(config: Path, directory: Path) -> int:
-    """A transformers model with random weights; returns the bytes a decode step reads."""
+def make_model(config: Path, directory: Path) -> tuple[int, int]:
+    """A transformers model with random weights. Returns the bytes that a decode step reads, and
+    the weights that each token of a prompt is multiplied by (the head sees the last one alone)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -112,28 +133,34 @@ def make_model(config: Path, directory: Path) -> int:
     total = sum(p.numel() for p in model.parameters())  # tied weights are counted once
     if not settings.tie_word_embeddings:
         total -= settings.vocab_size * settings.hidden_size  # one row of the embedding is read
-    return 2 * total
+    layers = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2)
+    return 2 * total, layers
 
 
 def compare(
     scratch: Path, config: Path, input_len: int, batch_sizes: list[int], rounds: int
 ) -> dict[str, Any]:
     """All measurements, as they go into the report."""
-    weight_bytes = make_model(config, scratch / "hf")
+    weight_bytes, layer_weights = make_model(config, scratch / "hf")
     llmforge("convert", scratch / "hf", "-o", scratch / "checkpoint")
     llmforge(
         "build", scratch / "checkpoint", "-o", scratch / "engine", "--max-batch-size",
         max(batch_sizes), "--max-seq-len", input_len + OUTPUT_LEN, "--max-num-tokens",
         input_len * max(batch_sizes),
     )  # fmt: skip
-    bandwidths, theirs, ours = [], [], []
+    limits, theirs, ours = [], [], []
     for _ in range(rounds):
-        bandwidths.append(in_fresh_process("read_bandwidth_report")["bytes_per_second"])
+        limits.append(in_fresh_process("ceilings"))
         theirs.append(
             in_fresh_process("measure_transformers", str(scratch / "hf"), input_len, batch_sizes)
         )
         ours.append(measure_llmforge(str(scratch / "engine"), input_len, batch_sizes))
-    floor = weight_bytes / statistics.median(bandwidths)
+    bandwidth, rate = (
+        statistics.median(measured[name] for measured in limits)
+        for name in ("bytes_per_second", "operations_per_second")
+    )
+    floor = weight_bytes / bandwidth
+    prefill_floor = 2 * layer_weights * input_len / rate
 
     def case(
         name: str, mine: list[float], peer: list[float], bound: float | None
@@ -152,8 +179,9 @@ def compare(
             if row["batch_size"] == batch
         ]
 
+    prefill = [t["ttft"] for t in theirs]
     cases = [
-        case(f"prefill {input_len} tokens", mine(1, "ttft"), [t["ttft"] for t in theirs], None)
+        case(f"prefill {input_len} tokens", mine(1, "ttft"), prefill, prefill_floor),
     ]
     cases += [
         case(f"decode, batch {b}", mine(b, "tpot"), [t["tpot"][str(b)] for t in theirs], floor)
@@ -161,15 +189,15 @@ def compare(
     ]
     return {
         "cases": cases,
-        "memory_bandwidth_gb_per_s": [b / 1e9 for b in bandwidths],
+        "memory_bandwidth_gb_per_s": [x["bytes_per_second"] / 1e9 for x in limits],
+        "bf16_product_gflop_per_s": [x["operations_per_second"] / 1e9 for x in limits],
         "bytes_read_a_decode_step": weight_bytes,
         "rounds": rounds,
-        "environment": ours[0]["environment"],
+        "environment": {
+            **ours[0]["environment"],
+            "transformers": importlib.metadata.version("transformers"),
+        },
     }
-
-
-def read_bandwidth_report() -> dict[str, float]:
-    return {"bytes_per_second": read_bandwidth()}
 
 
 @click.command(help=__doc__)

@@ -89,24 +89,6 @@ _GEMMA2 = {
     "sliding_window": 6,
 }
 
-_LONGROPE = {
-    "original_max_position_embeddings": 16,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.5,
-        "short_factor": [1.0, 1.1, 1.2],
-        "long_factor": [1.5, 3.0, 4.0],
-    },
-}
-_HALF_ROTATED = _rope("default", partial_rotary_factor=0.5)
-_GEMMA2 = {
-    "head_dim": 16,
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 10,
-    "sliding_window": 6,
-}
-
 CASES = [
     Case("llama", "Llama"),
     Case("llama-tied", "Llama", {"tie_word_embeddings": True}),

@@ -33,19 +33,23 @@ def command(engine: Path | None, config_file: Path | None, **options: Any) -> in
     project = project_settings(config_file)
     settings = _settings(project.sections.get("run", {}), given(options))
 
-    from llmforge.cli.launch import is_speaker
+    from llmforge.cli.launch import current_job
     from llmforge.cli.ranks import run_ranks
     from llmforge.cli.stages import open_engine
 
     opened = open_engine(engine, project.engine, config_file)
-    # Before any rank waits for another: a mistake in the prompts then costs no start-up.
-    stdin = _stdin(settings) if is_speaker() else None
-    entries = _entries(settings, stdin) if is_speaker() else []
-    return run_ranks(
-        opened.topology.world_size,
-        lambda comm: _work(comm, opened, settings, entries),
-        stdin=stdin,
-    )
+    is_rank = current_job() is not None
+    # A mistake in the prompts is found before ranks are started. Where they are started already,
+    # rank 0 reads the prompts once all have met in MPI: only then can it end the others for sure.
+    stdin = None if is_rank else _stdin(settings)
+    entries = [] if is_rank else _entries(settings, stdin)
+
+    def work(comm: Comm) -> int:
+        if is_rank and comm.rank == 0:
+            return _work(comm, opened, settings, _entries(settings, _stdin(settings)))
+        return _work(comm, opened, settings, entries)
+
+    return run_ranks(opened.topology.world_size, work, stdin=stdin)
 
 
 def _settings(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> RunSettings:
