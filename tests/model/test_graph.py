@@ -224,3 +224,10 @@ def test_the_memory_plan_counts_bytes() -> None:
 
 def test_nodes_compare_by_value() -> None:
     assert Node("add", ("a", "b"), ("c",)) == Node("add", ("a", "b"), ("c",))
+
+
+def test_a_graph_can_be_seen_after_each_pass() -> None:
+    seen: dict[str, Graph] = {}
+    final = apply(trace(CONFIG, Topology(), 0), PASSES, seen.__setitem__)
+    assert list(seen) == ["merge_linears", "fuse_add_norm"]
+    assert "add_rms_norm" not in ops(seen["merge_linears"]) and seen["fuse_add_norm"] == final

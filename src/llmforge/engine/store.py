@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmforge.artifact import Manifest, read_manifest
 from llmforge.checkpoint.config import ModelConfig
@@ -68,7 +67,3 @@ class Engine:
 
     def rank_directory(self, rank: int) -> Path:
         return rank_directory(self.directory, rank)
-
-    def rank_memory(self, rank: int) -> dict[str, Any]:
-        """The memory plan that build made for this rank, in bytes."""
-        return dict(self.manifest.data["memory"][rank])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +24,12 @@ class RankWeights:
     topology: Topology
     rank: int
 
+    @functools.cached_property
+    def _specs(self) -> dict[str, ParamSpec]:
+        return parameters(self.checkpoint.config)
+
     def read(self, parameter: Parameter) -> Array:
-        specs = parameters(self.checkpoint.config)
-        parts = [self._shard(specs[name]) for name in parameter.parts]
+        parts = [self._shard(self._specs[name]) for name in parameter.parts]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         assert whole.shape == parameter.shape, (parameter, whole.shape)
         return whole

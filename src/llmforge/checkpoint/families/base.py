@@ -243,3 +243,15 @@ ROTARY_AND_MASKS = (
         "attention masks are computed",
     ),
 )
+
+
+# Our name of a config field → what GPT-2 and those after its manner call it.
+GPT_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "intermediate_size": "n_inner",
+    "hidden_act": "activation_function",
+    "norm_eps": "layer_norm_epsilon",
+}

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families.base import (
+    GPT_ALIASES,
     ROTARY_AND_MASKS,
     Family,
     Rules,
@@ -153,15 +154,7 @@ GPT_FAMILIES = (
             "bos_token_id": 50256,
             "eos_token_id": (50256,),
         },
-        {
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "max_position_embeddings": "n_positions",
-            "intermediate_size": "n_inner",
-            "hidden_act": "activation_function",
-            "norm_eps": "layer_norm_epsilon",
-        },
+        GPT_ALIASES,
         "parallel block, neighbouring elements rotated, bias of the head",
     ),
     Family(

@@ -7,6 +7,7 @@ from typing import Any
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families.base import (
+    GPT_ALIASES,
     ROTARY_AND_MASKS,
     Family,
     Rules,
@@ -215,15 +216,6 @@ _MPT_RULES: Rules = (
 )
 
 
-_GPT_ALIASES = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-    "intermediate_size": "n_inner",
-    "hidden_act": "activation_function",
-    "norm_eps": "layer_norm_epsilon",
-}
 _GPT_DEFAULTS = {
     "norm_eps": 1e-5,
     "hidden_act": "gelu_new",
@@ -244,7 +236,7 @@ POSITION_FAMILIES = (
         "transformer.",
         ROTARY_AND_MASKS,
         _GPT_DEFAULTS,
-        _GPT_ALIASES,
+        GPT_ALIASES,
         "learned positions, weights stored transposed",
     ),
     Family(
@@ -256,7 +248,7 @@ POSITION_FAMILIES = (
         "transformer.",
         ROTARY_AND_MASKS,
         {**_GPT_DEFAULTS, "hidden_act": "gelu_pytorch_tanh"},
-        _GPT_ALIASES,
+        GPT_ALIASES,
         "StarCoder and SantaCoder: learned positions, one kv head",
     ),
     Family(
