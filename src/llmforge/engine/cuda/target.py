@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llmforge.comm import Comm
@@ -23,15 +21,14 @@ from llmforge.engine.step import Limits
 from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.errors import BuildError, TargetError
 from llmforge.kernels import compile as compiler
-from llmforge.kernels.compile import KernelSpec, compile_kernel
+from llmforge.kernels.compile import KernelSpec
+from llmforge.kernels.images import ARCHS, PTX_ARCH, check_archs, write_images
 from llmforge.model.graph import Graph
 from llmforge.model.passes import apply, fuse_add_norm, merge_linears
 from llmforge.parallel import Topology
 from llmforge.safetensors_io import SafetensorsWriter
 
 PASSES = (merge_linears, fuse_add_norm)
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
-PTX_ARCH = "compute_80"
 GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 PLAN_FILE = "plan.json"
@@ -119,16 +116,6 @@ def _local_arch() -> tuple[str, ...]:
     return (f"sm_{major}{minor}",)
 
 
-def check_archs(archs: Sequence[str]) -> None:
-    """Raises BuildError for what the compiler cannot make cubins for."""
-    supported = compiler.supported_archs()
-    if unknown := [arch for arch in archs if arch.removesuffix("a") not in supported]:
-        raise BuildError(
-            f"the compiler does not know the architecture {unknown[0]!r}; "
-            f"allowed: {', '.join(supported)}"
-        )
-
-
 def decode_buckets(limits: Limits) -> tuple[int, ...]:
     """Batch sizes that decode steps are prepared for: each step takes the next larger one."""
     most = min(limits.max_batch_size, limits.max_num_tokens)
@@ -160,28 +147,9 @@ def write_kernels(
     graph: Graph, limits: Limits, archs: Sequence[str], out: Path, cache: Path | None
 ) -> None:
     """Compile the graph's kernels for all `archs`, and to PTX, into `out`. Raises CompileError."""
-    directory = out / KERNELS
-    directory.mkdir()
-    kernels = {arch: engine_kernels(graph, limits, arch) for arch in (*archs, PTX_ARCH)}
-    jobs = [(spec, arch) for arch, specs in kernels.items() for spec in specs.values()]
-
-    def compile_one(job: tuple[KernelSpec, str]) -> None:
-        spec, arch = job
-        compiled = compile_kernel(spec, arch, cache)
-        (directory / image_name(spec.key, arch)).write_bytes(compiled.image)
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(compile_one, jobs))
-    plan = {
-        "compiler": compiler.compiler_version(),
-        "kernels": {
-            arch: {key: spec.entry for key, spec in specs.items()}
-            for arch, specs in kernels.items()
-        },
+    kernels = {
+        arch: list(engine_kernels(graph, limits, arch).values()) for arch in (*archs, PTX_ARCH)
     }
+    index = write_images(kernels, out / KERNELS, cache)
+    plan = {"compiler": compiler.compiler_version(), "kernels": index}
     (out / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n")
-
-
-def image_name(key: str, arch: str) -> str:
-    """The file of a compiled kernel."""
-    return f"{key}.ptx" if arch == PTX_ARCH else f"{key}.{arch}.cubin"
