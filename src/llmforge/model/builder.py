@@ -24,7 +24,9 @@ STEP_INPUTS: tuple[tuple[str, Shape], ...] = (
 class GraphBuilder:
     """Collects the nodes of one rank's graph. The step's inputs are attributes of `inputs`."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensor_parallel: int = 1) -> None:
+        """tensor_parallel: the ranks that collectives join."""
+        self.tensor_parallel = tensor_parallel
         self.inputs = {name: Tensor(name, shape, "int32") for name, shape in STEP_INPUTS}
         self._states: list[Tensor] = []
         self._parameters: dict[str, Parameter] = {}
@@ -148,10 +150,10 @@ class GraphBuilder:
         return self._one("select_rows", x, rows)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return self._one("all_reduce", x)
+        return self._one("all_reduce", x, ranks=self.tensor_parallel)
 
     def all_gather(self, x: Tensor, *, size: int) -> Tensor:
-        return self._one("all_gather", x, size=size)
+        return self._one("all_gather", x, size=size, ranks=self.tensor_parallel)
 
     def send(self, x: Tensor, *, to: int) -> None:
         self._node("send", x, to=to)

@@ -234,17 +234,17 @@ def _select_rows(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> S
     return (((*rows.shape, *x.shape[1:]), x.dtype),)
 
 
-@_op("all_reduce", "x")
+@_op("all_reduce", "x", "ranks")
 def _all_reduce(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
-    """The sum of x over the tensor-parallel ranks, in rank order."""
+    """The sum of x over the `ranks` tensor-parallel ranks, in rank order."""
     x = _given(inputs[0])
     return ((x.shape, x.dtype),)
 
 
-@_op("all_gather", "x", "size")
+@_op("all_gather", "x", "size ranks")
 def _all_gather(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
-    """The x of the tensor-parallel ranks side by side in the last dimension; its first `size`
-    elements (what is beyond is padding)."""
+    """The x of the `ranks` tensor-parallel ranks side by side in the last dimension; its first
+    `size` elements (what is beyond is padding)."""
     x = _given(inputs[0])
     return ((_last(x, attrs["size"]), x.dtype),)
 

@@ -254,10 +254,11 @@ _ONE_EXCHANGE_BYTES = 1 << 16
 
 
 @_meaning("all_reduce", collective=True)
-def all_reduce(context: Context, x: Tensor) -> Tensor:
+def all_reduce(context: Context, x: Tensor, *, ranks: int) -> Tensor:
     """Summed in rank order, one precision up, rounded once: a float32 sum over any number of
     ranks is then as exact as float32 can hold."""
     comm = context.tensor_group
+    assert comm.size == ranks, "the group is not the graph's"
     if comm.size <= 2 or x.nbytes <= _ONE_EXCHANGE_BYTES:
         parts = torch.empty((comm.size, *x.shape), dtype=x.dtype)
         comm.all_gather(_bytes(x), parts.view(torch.uint8).numpy())
@@ -282,8 +283,9 @@ def _rank_order_sum(parts: Tensor) -> Tensor:
 
 
 @_meaning("all_gather", collective=True)
-def all_gather(context: Context, x: Tensor, *, size: int) -> Tensor:
+def all_gather(context: Context, x: Tensor, *, size: int, ranks: int) -> Tensor:
     comm = context.tensor_group
+    assert comm.size == ranks, "the group is not the graph's"
     parts = torch.empty((comm.size, *x.shape), dtype=x.dtype)
     comm.all_gather(_bytes(x), parts.view(torch.uint8).numpy())
     return torch.cat(tuple(parts), dim=-1)[..., :size]
