@@ -50,6 +50,13 @@ class GraphBuilder:
         self._tensors.update({t.name: t for t in caches})
         return caches
 
+    def latent_cache(self, layer: int, size: int, dtype: str) -> Tensor:
+        """The cache of a layer's latents, which all heads share."""
+        cache = Tensor(f"layers.{layer}.latent_cache", ("blocks", "block_size", 1, size), dtype)
+        self._states.append(cache)
+        self._tensors[cache.name] = cache
+        return cache
+
     # -- ops (their meaning: ops.py) -------------------------------------------------------------
 
     def embed(self, ids: Tensor, weight: Tensor, *, start: int = 0) -> Tensor:
@@ -128,17 +135,93 @@ class GraphBuilder:
         window: int | None = None,
         soft_cap: float | None = None,
         slopes: Sequence[float] = (),
+        sinks: Tensor | None = None,
     ) -> Tensor:
         return self._one(
             "scored_attention",
             *(q, k, v, *caches),
             *(self.inputs[n] for n in ("query_starts", "kv_lens", "block_table")),
+            sinks,
             head_dim=head_dim,
             scale=scale,
             window=window,
             soft_cap=soft_cap,
             slopes=list(slopes),
         )
+
+    def latent_attention(
+        self,
+        q: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        cache: Tensor,
+        *,
+        scale: float,
+    ) -> Tensor:
+        step = (self.inputs[n] for n in ("query_starts", "kv_lens", "block_table"))
+        return self._one("latent_attention", q, q_rope, latent, k_rope, cache, *step, scale=scale)
+
+    def head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._one("head_linear", x, weight)
+
+    def clamp(self, x: Tensor, *, limit: float) -> Tensor:
+        return self._one("clamp", x, limit=limit)
+
+    def route(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        correction: Tensor | None = None,
+        *,
+        top_k: int,
+        score: str = "softmax",
+        groups: int = 1,
+        kept_groups: int = 1,
+        group_top: int = 1,
+        normalize: bool = False,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, ...]:
+        """The ids and the weights of each token's experts."""
+        return self._node(
+            "route",
+            *(x, weight, bias, correction),
+            top_k=top_k,
+            score=score,
+            groups=groups,
+            kept_groups=kept_groups,
+            group_top=group_top,
+            normalize=normalize,
+            scale=scale,
+        )
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        *,
+        first: int = 0,
+        activation: str = "silu",
+        alpha: float = 1.0,
+        limit: float | None = None,
+    ) -> Tensor:
+        return self._one(
+            "experts",
+            *(x, ids, weights, gate_up, down, gate_up_bias, down_bias),
+            first=first,
+            activation=activation,
+            alpha=alpha,
+            limit=limit,
+        )
+
+    def token_gate(self, x: Tensor, by: Tensor, weight: Tensor) -> Tensor:
+        return self._one("token_gate", x, by, weight)
 
     def activation(self, x: Tensor, *, activation: str) -> Tensor:
         return self._one("activation", x, activation=activation)
