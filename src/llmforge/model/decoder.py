@@ -33,7 +33,7 @@ class _Decoder:
         self.rank = rank
         self.tensor_rank = topology.tensor_rank(rank)
         self.specs = parameters(config)
-        self.builder = GraphBuilder()
+        self.builder = GraphBuilder(topology.tensor_parallel)
         self.tables: dict[RopeConfig, Tensor] = {}
 
     def trace(self) -> Graph:

@@ -27,6 +27,7 @@ from llmforge.model.graph import Graph
 from llmforge.model.passes import apply, fuse_add_norm, merge_linears
 from llmforge.parallel import Topology
 from llmforge.safetensors_io import SafetensorsWriter
+from llmforge.settings import BuildSettings
 
 PASSES = (merge_linears, fuse_add_norm)
 GRAPH_FILE = "graph.json"
@@ -39,14 +40,19 @@ class CudaTarget:
     """Our kernels on an NVIDIA GPU of compute capability 8.0 or more."""
 
     name = "cuda"
+    linear_cache = False
 
     def __init__(
-        self, archs: Sequence[str] | None = None, cache: Path | None = compiler.DEFAULT_CACHE
+        self, archs: Sequence[str] = (), cache: Path | None = compiler.DEFAULT_CACHE
     ) -> None:
-        """archs: architectures to make cubins for; None: that of this machine's GPU, or where
+        """archs: architectures to make cubins for; none: that of this machine's GPU, or where
         there is none all of `ARCHS`. cache: where compiled kernels are kept."""
         self._archs = archs
         self._cache = cache
+
+    def configured(self, settings: BuildSettings) -> CudaTarget:
+        check_archs(settings.arch)
+        return CudaTarget(settings.arch, self._cache)
 
     def available(self) -> str | None:
         """Building needs the compiler only; `load` says what it lacks."""
@@ -54,6 +60,8 @@ class CudaTarget:
 
     def prepare(self, graph: Graph) -> Graph:
         refused = {node.op for node in graph.nodes if LOWERINGS.get(node.op, refuse) is refuse}
+        if any(n.op == "scored_attention" and n.inputs[8] for n in graph.nodes):
+            refused.add("attention sinks")
         if refused:
             raise BuildError(
                 f"the cuda target cannot execute {', '.join(sorted(refused))} yet; build with "
@@ -74,7 +82,6 @@ class CudaTarget:
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())
         archs = tuple(self._archs or _local_arch() or ARCHS)
-        check_archs(archs)
         write_kernels(graph, limits, archs, out, self._cache)
         entries = [(p.name, p.dtype, p.sizes) for p in graph.parameters]
         with SafetensorsWriter(out / WEIGHTS_FILE, entries, {"format": "pt"}) as writer:
