@@ -17,9 +17,11 @@ import numpy as np
 
 from llmforge.kernels.driver import Sizes
 from llmforge.kernels.launch import DTYPE_BYTES, Double, Float, Launch, Operand, Size
+from llmforge.safetensors_io import NUMPY_DTYPES
 
 Call = Callable[[], None]
-Kernel = Callable[["EmulatedDevice", list[Any]], None]
+# (memory, arguments, the macros that specialise it, grid); buffers are `Pointer`s
+Kernel = Callable[["EmulatedMemory", list[Any], dict[str, Any], tuple[int, ...]], None]
 ALIGNMENT = 256
 
 
@@ -109,6 +111,10 @@ class EmulatedDevice:
             raise EmulationError("work for a stream that is not the device's")
         (self._queue if self._recording is None else self._recording).append(call)
 
+    @property
+    def capturing(self) -> bool:
+        return self._recording is not None
+
     def allocate(self, nbytes: int) -> int:
         self._not_recorded("allocates memory")
         address = self.memory.allocate(max(nbytes, 1))
@@ -188,14 +194,27 @@ class EmulatedDevice:
             return argument
 
         bound = [value(argument) for argument in launch.arguments]
-        defines = dict(launch.kernel.macros)
+        defines = dict(launch.kernel.defines)
 
-        def run() -> None:
+        def extent(size: Any) -> int:
+            if isinstance(size, Size):
+                return -(-sizes.get(size.name) * size.times // size.per)
+            return int(size)
+
+        def ask() -> None:
+            # A launch takes its sizes when it is asked for, and keeps them.
             now = [a() if callable(a) else a for a in bound]
-            self.launches.append(launch.kernel.entry)
-            kernel(self, now, defines)
+            grid = tuple(map(extent, launch.grid))
+            if not all(grid):
+                raise EmulationError(f"{launch.kernel.entry} is launched with the grid {grid}")
 
-        return lambda: self.enqueue(run, self.stream)
+            def run() -> None:
+                self.launches.append(launch.kernel.entry)
+                kernel(self.memory, now, defines, grid)
+
+            self.enqueue(run, self.stream)
+
+        return ask
 
     def share(self, address: int) -> bytes:
         if self.memory.owner(address) != address:
@@ -226,6 +245,4 @@ class Pointer:
 
     def array(self, *shape: int) -> np.ndarray[Any, Any]:
         """The first elements of the buffer, of this shape."""
-        from llmforge.safetensors_io import NUMPY_DTYPES
-
         return self.memory.array(self.address, NUMPY_DTYPES[self.dtype], *shape)

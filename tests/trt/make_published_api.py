@@ -26,7 +26,7 @@ TAGS = {
     "11.1": "v11.1",
 }
 FILES = ("pyCore.cpp", "pyFoundationalTypes.cpp", "pyGraph.cpp")
-_START = re.compile(r'py::(class_|enum_)<(.*?)>\s*(?:\w+\s*)?[({]\s*m,\s*"(\w+)"', re.DOTALL)
+_START = re.compile(r'py::(class_|enum_)<([^;{}]*?)>\s*(?:\w+\s*)?[({]\s*m,\s*"(\w+)"', re.DOTALL)
 _MEMBER = re.compile(
     r'\.(def|def_static|def_property|def_property_readonly|def_readwrite|value)\s*\(\s*"(\w+)"'
 )

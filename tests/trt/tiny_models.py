@@ -1,0 +1,119 @@
+"""The architectures of tests/parity/models.py with random weights in memory, and their reference:
+every op's meaning (model/reference.py), node by node, over a cache of one block a sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from models import BY_NAME, CASES
+
+from llmforge.checkpoint.config import ModelConfig
+from llmforge.checkpoint.families import read_config
+from llmforge.checkpoint.params import parameters
+from llmforge.engine.step import Limits, StepBatch
+from llmforge.engine.weights import RankWeights
+from llmforge.model.decoder import trace
+from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
+from llmforge.parallel import Topology
+from llmforge.safetensors_io import NUMPY_DTYPES
+
+ONE = Topology(1, 1)
+NAMES = [case.name for case in CASES]
+
+
+@functools.cache
+def config_of(name: str, dtype: str = "float32") -> ModelConfig:
+    """The configuration of a case, as `convert` reads it."""
+    case = BY_NAME[name]
+    config = case._config_class(**case_settings(name))
+    model = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    config.architectures = [model.__name__]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "config.json"
+        path.write_text(json.dumps({**config.to_dict(), "dtype": dtype}))
+        return dataclasses.replace(read_config(path)[1], dtype=dtype)
+
+
+def case_settings(name: str) -> dict[str, object]:
+    from models import _COMMON
+
+    return {**_COMMON, **BY_NAME[name].settings}
+
+
+class MemoryCheckpoint:
+    """What RankWeights reads of a checkpoint. The weights are large enough for every part of the
+    network, biases included, to show in the logits."""
+
+    def __init__(self, config: ModelConfig, seed: int = 7) -> None:
+        self.config = config
+        rng = np.random.default_rng(seed)
+        self._values = {
+            spec.name: (spec.init_mean + 0.15 * rng.standard_normal(spec.shape)).astype(
+                NUMPY_DTYPES[config.dtype]
+            )
+            for spec in parameters(config).values()
+        }
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> np.ndarray:
+        value = self._values[name]
+        return np.ascontiguousarray(np.take(value, range(*slice(start, stop).indices(value.shape[dim])), dim))  # fmt: skip # noqa: E501
+
+    def of_rank(self, topology: Topology, rank: int) -> RankWeights:
+        return RankWeights(self, topology, rank)  # type: ignore[arg-type]
+
+
+class Reference:
+    """The model on one rank, step by step."""
+
+    def __init__(self, checkpoint: MemoryCheckpoint, limits: Limits) -> None:
+        self._graph = trace(checkpoint.config, ONE, 0)
+        weights = checkpoint.of_rank(ONE, 0)
+        self._values = {p.name: _torch(weights.read(p)) for p in self._graph.parameters}
+        sizes = {"blocks": limits.num_blocks, "block_size": limits.block_size}
+        for state in self._graph.states:
+            shape = [sizes.get(d, d) if isinstance(d, str) else d for d in state.shape]
+            self._values[state.name] = torch.zeros(shape, dtype=DTYPES[state.dtype])
+
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        """[R, vocab] float32."""
+        values = {**self._values, "": None}
+        for tensor in self._graph.inputs:
+            values[tensor.name] = torch.from_numpy(getattr(batch, tensor.name))
+        with torch.inference_mode():
+            for node in self._graph.nodes:
+                inputs = [values[name] for name in node.inputs]
+                results = REFERENCE[node.op](inputs, node.attrs, LOCAL)
+                values.update(zip(node.outputs, results, strict=True))
+        return values[self._graph.outputs[0]].float()
+
+
+def _torch(array: np.ndarray) -> torch.Tensor:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def batch_of(
+    tokens: Sequence[np.ndarray], chunks: Sequence[tuple[int, int, int]], prompts: Sequence[int]
+) -> StepBatch:
+    """The step that computes, for each (sequence, start, stop), those tokens of the sequence, which
+    is in the slot of its number; the logits of each one's last token are wanted."""
+    lengths = [stop - start for _, start, stop in chunks]
+    starts = np.cumsum([0, *lengths]).astype(np.int32)
+    return StepBatch(
+        token_ids=np.concatenate([tokens[s][start:stop] for s, start, stop in chunks]),
+        positions=np.concatenate([np.arange(a, b, dtype=np.int32) for _, a, b in chunks]),
+        query_starts=starts,
+        kv_lens=np.array([stop for _, _, stop in chunks], np.int32),
+        block_table=np.array([[s] for s, _, _ in chunks], np.int32),
+        prompt_lens=np.array([prompts[s] for s, _, _ in chunks], np.int32),
+        logit_rows=starts[1:] - np.int32(1),
+    )
