@@ -62,6 +62,10 @@ class Checkpoint:
         Safe to call from several threads."""
         return self._file_of[name].read(name, dim, start, stop)
 
+    def map(self, name: str) -> Array:
+        """The parameter where it lies in its file, read-only."""
+        return self._file_of[name].map(name)
+
     def _check(self, specs: Mapping[str, ParamSpec]) -> None:
         problems = []
         if missing := [name for name in specs if name not in self._file_of]:

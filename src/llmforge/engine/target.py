@@ -31,6 +31,11 @@ class Weights(Protocol):
         bfloat16 is ml_dtypes.bfloat16. Each call reads from the checkpoint anew."""
         ...
 
+    def map(self, parameter: Parameter) -> NDArray[np.generic]:
+        """As `read`, but read-only, and not copied where the checkpoint's file has the values in
+        one piece."""
+        ...
+
 
 class Executable(Protocol):
     """One rank's engine, loaded."""
@@ -101,7 +106,15 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise SettingsError(f"unknown target {name!r}; allowed: {', '.join(sorted(TARGETS))}")
     module, _, cls = TARGETS[name].partition(":")
-    found: Target = getattr(importlib.import_module(module), cls)()
+    try:
+        found: Target = getattr(importlib.import_module(module), cls)()
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise TargetError(
+            f"target {name} cannot be used here: torch is not installed; "
+            "run: pip install 'llmforge[torch]'"
+        ) from error
     if reason := found.available():
         raise TargetError(f"target {name} cannot be used here: {reason}")
     return found

@@ -127,7 +127,10 @@ def _load(path: Path, device: str) -> dict[str, Any]:
     try:
         import torch
     except ImportError as error:
-        raise SourceError(f"reading {path} needs torch: pip install torch") from error
+        raise SourceError(
+            f"reading {path} needs torch, which is not installed; "
+            "run: pip install 'llmforge[torch]'"
+        ) from error
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # zip, pickle and torch errors alike

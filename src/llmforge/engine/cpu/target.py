@@ -32,7 +32,7 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 class CpuTarget:
-    """Plain torch on the CPU; always available, since torch is a dependency of llmforge."""
+    """Plain torch on the CPU: available wherever torch is."""
 
     name = "cpu"
     linear_cache = False
