@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmforge.comm import Comm
 from llmforge.engine.memory import MemoryPlan
@@ -34,6 +34,10 @@ class Weights(Protocol):
     def map(self, parameter: Parameter) -> NDArray[np.generic]:
         """As `read`, but read-only, and not copied where the checkpoint's file has the values in
         one piece."""
+        ...
+
+    def report(self, fraction: float) -> None:
+        """How much of its work the target has done, from 0 to 1, where reading is not most of it."""
         ...
 
 
@@ -70,6 +74,16 @@ class Target(Protocol):
         values that it cannot use."""
         ...
 
+    @property
+    def compiles_apart(self) -> bool:
+        """Whether `compile` is for a process of its own: it takes long, and cannot be interrupted
+        otherwise."""
+        ...
+
+    def details(self) -> dict[str, Any]:
+        """What engine.yaml says of how the target built, as plain values."""
+        ...
+
     def available(self) -> str | None:
         """None where this machine can build for and run the target, else the reason in a line
         (what is missing, and the command that installs it)."""
@@ -81,6 +95,10 @@ class Target(Protocol):
 
     def memory(self, graph: Graph, limits: Limits) -> MemoryPlan:
         """The memory that a rank with this prepared graph will need."""
+        ...
+
+    def compile_peak(self, plan: MemoryPlan) -> int:
+        """The most memory in bytes that compiling a rank with this plan takes, about."""
         ...
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
@@ -97,6 +115,8 @@ class Target(Protocol):
 TARGETS = {
     "cpu": "llmforge.engine.cpu.target:CpuTarget",
     "cuda": "llmforge.engine.cuda.target:CudaTarget",
+    "tensorrt": "llmforge.engine.tensorrt.target:StandardTensorRTTarget",
+    "tensorrt-rtx": "llmforge.engine.tensorrt.target:TensorRTRTXTarget",
 }
 
 

@@ -34,6 +34,22 @@ class RankWeights:
         assert whole.shape == parameter.shape, (parameter, whole.shape)
         return whole
 
+    def map(self, parameter: Parameter) -> Array:
+        """As `read`, but where the values lie in one piece in the checkpoint's file they are
+        mapped, read-only, and not copied."""
+        if len(parameter.parts) == 1:
+            spec = self._specs[parameter.parts[0]]
+            if spec.shard.replicated:
+                return self.checkpoint.map(spec.name)
+            ranks, tensor_rank = self.topology.tensor_parallel, self.topology.tensor_rank(self.rank)
+            pieces = list(spec.shard.pieces(tensor_rank, ranks))
+            if spec.shard.dim == 0 and len(pieces) == 1 and not pieces[0].padding:
+                return self.checkpoint.map(spec.name)[pieces[0].start : pieces[0].stop]
+        return self.read(parameter)
+
+    def report(self, fraction: float) -> None:
+        """Nobody listens here."""
+
     def _shard(self, spec: ParamSpec) -> Array:
         if spec.shard.replicated:
             return self.checkpoint.read(spec.name)

@@ -6,6 +6,7 @@ import mmap
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -36,9 +37,13 @@ class CpuTarget:
 
     name = "cpu"
     linear_cache = False
+    compiles_apart = False
 
     def configured(self, settings: BuildSettings) -> CpuTarget:
         return self
+
+    def details(self) -> dict[str, Any]:
+        return {}
 
     def available(self) -> str | None:
         return None
@@ -58,6 +63,9 @@ class CpuTarget:
             kv_cache=plan.kv_cache // limits.num_blocks * (limits.num_blocks + 1),
             activations=plan.activations + attention_workspace(graph, limits),
         )
+
+    def compile_peak(self, plan: MemoryPlan) -> int:
+        return plan.weights
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())

@@ -17,6 +17,7 @@ the names in the last column, so a version that is not in this table is used for
     cache update         10.15      1.7            INetworkDefinition.add_kv_cache_update
     rotary embedding     10.15      1.7            INetworkDefinition.add_rotary_embedding
     collectives          10.16      1.7            INetworkDefinition.add_dist_collective
+      to be asked for    10.16      no             PreviewFeature.MULTIDEVICE_RUNTIME_10_16
     several GPU kinds    no         1.7            ComputeCapability
     timing cache         8.6        no (no effect) no ComputeCapability
     profile sharing      8.6        no (always)    PreviewFeature.PROFILE_SHARING_0806
@@ -29,11 +30,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from llmforge.engine.tensorrt.logger import Messages, make_logger
@@ -191,11 +191,44 @@ class Package:
             config.set_tactic_sources(0)  # TensorRT's own kernels: no cuBLAS, no cuDNN
         if self.features.profile_sharing:
             config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+        if hasattr(trt.PreviewFeature, "MULTIDEVICE_RUNTIME_10_16"):
+            config.set_preview_feature(trt.PreviewFeature.MULTIDEVICE_RUNTIME_10_16, True)
         if self.features.compute_capabilities:
             config.num_compute_capabilities = len(archs)
             for index, arch in enumerate(archs):
                 config.set_compute_capability(self._capability(arch), index)
         return config
+
+    def build(
+        self, builder: Any, network: Any, config: Any, write: Callable[[memoryview], None]
+    ) -> bool:
+        """Build the network and hand the serialized engine to `write`, piece by piece where the
+        package can. False where it failed: the log has the reason."""
+        if not self.features.stream_writer:
+            blob = builder.build_serialized_network(network, config)
+            if blob is None:
+                return False
+            write(memoryview(blob))
+            return True
+        trt, failures = self.trt, []
+
+        class Writer(trt.IStreamWriter):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IStreamWriter.__init__(self)
+
+            def write(self, data: bytes) -> int:
+                # An exception must not pass through TensorRT: it ends the build, then is raised.
+                try:
+                    write(memoryview(data))
+                except OSError as error:
+                    failures.append(error)
+                    return 0
+                return len(data)
+
+        built = bool(builder.build_serialized_network_to_stream(network, config, Writer()))
+        if failures:
+            raise failures[0]
+        return built
 
     def known_archs(self) -> tuple[str, ...]:
         """The architectures that one engine of this package can be made for; none where an
@@ -205,6 +238,10 @@ class Package:
         names = self.trt.ComputeCapability.__members__
         numbers = sorted(int(n[2:]) for n in names if n.startswith("SM"))
         return tuple(f"sm_{number}" for number in numbers)
+
+    def default_archs(self) -> tuple[str, ...]:
+        """What an engine is for where nobody says: all that have bfloat16."""
+        return tuple(arch for arch in self.known_archs() if int(arch[3:]) >= 80)
 
     def check_archs(self, archs: Sequence[str]) -> None:
         """Raises SettingsError for an architecture that the package cannot build for."""
@@ -268,8 +305,3 @@ class Package:
                 "TensorRT did not accept the NCCL communicator for this engine, whose collectives "
                 "would be skipped; build it again with --primitives"
             )
-
-
-def contiguous(array: NDArray[Any]) -> NDArray[Any]:
-    """The array itself where it is contiguous, else a copy."""
-    return np.ascontiguousarray(array)

@@ -38,8 +38,9 @@ class Step:
     """One thing to do in a call. Kinds, with the fields that they have:
 
     engine      file, inputs, outputs: run the engine; caches are among inputs and outputs
-    all_reduce  x, out: the sum over the tensor-parallel ranks
-    all_gather  x, out, size: the ranks' x side by side in the last dimension, its first `size`
+    all_reduce  x, out, ranks: the sum over that many tensor-parallel ranks
+    all_gather  x, out, size, ranks: the ranks' x side by side in the last dimension, its first
+                `size` elements
     send        x, peer: to that rank of the whole engine
     recv        out, peer: from that rank
     """
@@ -52,6 +53,7 @@ class Step:
     out: str = ""
     size: int = 0
     peer: int = 0
+    ranks: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class RankPlan:
     inputs: the step's inputs that any engine reads. tensors: by name, the hidden states that
     stand at the edge of an engine or are exchanged; shapes are the graph's ("tokens", "rows").
     logits: the tensor [rows, vocab] float32 to draw from; None where the rank has none.
-    profiles: prefill, decode.
+    profiles: prefill, decode. kernels: of ours, as write_images tells.
     """
 
     package: str
@@ -84,6 +86,7 @@ class RankPlan:
     steps: tuple[Step, ...]
     tensors: Mapping[str, Tensor]
     logits: str | None
+    kernels: Mapping[str, Mapping[str, str]]
 
     @property
     def prefill_batch(self) -> int:
@@ -130,4 +133,6 @@ class RankPlan:
 
 def _given(step: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a step of this kind has."""
-    return {name: value for name, value in step.items() if value not in ("", (), 0) or name == "peer"}
+    return {
+        name: value for name, value in step.items() if value not in ("", (), 0) or name == "peer"
+    }
