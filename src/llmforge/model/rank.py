@@ -23,7 +23,7 @@ class RankBuilder(GraphBuilder):
     def __init__(
         self, config: ModelConfig, topology: Topology, rank: int, specs: Mapping[str, ParamSpec]
     ) -> None:
-        super().__init__()
+        super().__init__(topology.tensor_parallel)
         self.config = config
         self.topology = topology
         self.rank = rank

@@ -57,6 +57,8 @@ class CudaTarget:
 
     def prepare(self, graph: Graph) -> Graph:
         refused = {node.op for node in graph.nodes if LOWERINGS.get(node.op, refuse) is refuse}
+        if any(n.op == "scored_attention" and n.inputs[8] for n in graph.nodes):
+            refused.add("attention sinks")
         if refused:
             raise BuildError(
                 f"the cuda target cannot execute {', '.join(sorted(refused))} yet; build with "
