@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmforge.checkpoint.config import ModelConfig, RopeConfig
+from llmforge.checkpoint.config import ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.params import (
     EMBEDDING,
     EMBEDDING_NORM,
@@ -70,16 +70,15 @@ class _Decoder:
     def _layer(self, x: Tensor, layer: int) -> Tensor:
         g, config, prefix = self.builder, self.config, layer_prefix(layer)
         normed = self._norm(x, f"{prefix}attention_norm") if config.pre_norm else x
-        attended = self._branch(self._attention(normed, layer), f"{prefix}attention_post_norm")
+        attention = self._attention if config.latent is None else self._latent_attention
+        attended = self._branch(attention(normed, layer), f"{prefix}attention_post_norm")
         total = g.add(x, attended)
         read = x if config.parallel_block else total  # what the MLP reads
         if config.shared_norm:
             read = normed
         elif config.pre_norm:
             read = self._norm(read, f"{prefix}mlp_norm")
-        return g.add(
-            total, self._branch(self._mlp(read, f"{prefix}mlp."), f"{prefix}mlp_post_norm")
-        )
+        return g.add(total, self._branch(self._feed_forward(read, layer), f"{prefix}mlp_post_norm"))
 
     def _branch(self, x: Tensor, norm: str) -> Tensor:
         """What attention or MLP gives, as it is added to the residual."""
@@ -95,12 +94,15 @@ class _Decoder:
         assert isinstance(kv_size, int)
         if config.qk_norm:
             q, k = self._qk_norm(q, f"{prefix}q_norm"), self._qk_norm(k, f"{prefix}k_norm")
+        if (limit := config.qkv_clamp) is not None:
+            q, k, v = (g.clamp(t, limit=limit) for t in (q, k, v))
         if rope := config.layer_rope(layer):
             q, k = (g.rope(t, self.tables[rope], head_dim=head_dim) for t in (q, k))
         caches = g.kv_cache(layer, kv_size // head_dim, head_dim, config.dtype)
         scale = head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         window, cap, slopes = config.sliding_window[layer], config.attention_softcap, self._slopes()
-        if cap is None and not slopes:
+        sinks = self._weight(f"{prefix}sinks") if config.attention_sinks else None
+        if cap is None and not slopes and sinks is None:
             attended = g.attention(q, k, v, caches, head_dim=head_dim, scale=scale, window=window)
         else:
             attended = g.scored_attention(
@@ -110,22 +112,104 @@ class _Decoder:
                 window=window,
                 soft_cap=cap,
                 slopes=slopes,
+                sinks=sinks,
             )
         return self._row_linear(attended, f"{prefix}o")
+
+    def _latent_attention(self, x: Tensor, layer: int) -> Tensor:
+        """The products by which keys and values are made of the latents stand on the other side:
+        before the scores on the queries, behind the weighted sum on the result."""
+        g, config, prefix = self.builder, self.config, f"{layer_prefix(layer)}attention."
+        sizes = config.latent
+        assert sizes is not None
+
+        def normed(t: Tensor, name: str) -> Tensor:
+            return g.rms_norm(t, self._weight(f"{prefix}{name}.weight"), eps=sizes.norm_eps)
+
+        source = x
+        if sizes.q_rank is not None:
+            source = normed(self._linear(x, f"{prefix}q_a"), "q_a_norm")
+        q, q_rope = (self._linear(source, prefix + name) for name in ("q", "q_rope"))
+        latent, k_rope = (self._linear(x, prefix + name) for name in ("latent", "k_rope"))
+        if rope := config.layer_rope(layer):
+            q_rope, k_rope = (
+                g.rope(t, self.tables[rope], head_dim=sizes.rope_dim) for t in (q_rope, k_rope)
+            )
+        cache = g.latent_cache(layer, sizes.kv_rank + sizes.rope_dim, config.dtype)
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        attended = g.latent_attention(
+            g.head_linear(q, self._weight(f"{prefix}k_up")),
+            q_rope,
+            normed(latent, "latent_norm"),
+            k_rope,
+            cache,
+            scale=scale,
+        )
+        values = g.head_linear(attended, self._weight(f"{prefix}v_up"))
+        return self._row_linear(values, f"{prefix}o")
 
     def _slopes(self) -> tuple[float, ...]:
         """The ALiBi slopes of this rank's query heads."""
         local = len(self.config.alibi_slopes) // self.topology.tensor_parallel
         return self.config.alibi_slopes[self.tensor_rank * local :][:local]
 
-    def _mlp(self, x: Tensor, prefix: str) -> Tensor:
+    def _feed_forward(self, x: Tensor, layer: int) -> Tensor:
+        """The MLP of a layer, or its mixture of experts."""
+        prefix = layer_prefix(layer)
+        if (moe := self.config.layer_moe(layer)) is None:
+            return self._row_linear(self._activated(x, f"{prefix}mlp."), f"{prefix}mlp.down")
+        return self._moe(x, moe, f"{prefix}moe.")
+
+    def _activated(self, x: Tensor, prefix: str) -> Tensor:
+        """What the last product of an MLP reads."""
         g, activation = self.builder, self.config.activation
-        if self.config.gated_mlp:
-            gate, up = self._linear(x, f"{prefix}gate"), self._linear(x, f"{prefix}up")
-            activated = g.gated_activation(gate, up, activation=activation)
-        else:
-            activated = g.activation(self._linear(x, f"{prefix}up"), activation=activation)
-        return self._row_linear(activated, f"{prefix}down")
+        if not self.config.gated_mlp:
+            return g.activation(self._linear(x, f"{prefix}up"), activation=activation)
+        gate, up = self._linear(x, f"{prefix}gate"), self._linear(x, f"{prefix}up")
+        return g.gated_activation(gate, up, activation=activation)
+
+    def _moe(self, x: Tensor, moe: MoeConfig, prefix: str) -> Tensor:
+        """This rank's share of the chosen experts and of the shared one, summed over ranks."""
+        g, config, topology = self.builder, self.config, self.topology
+        correction = self._weight(f"{prefix}router.correction") if moe.correction else None
+        ids, weights = g.route(
+            x,
+            self._weight(f"{prefix}router.weight"),
+            self._bias(f"{prefix}router"),
+            correction,
+            top_k=moe.top_k,
+            score=moe.score,
+            groups=moe.groups,
+            kept_groups=moe.kept_groups,
+            group_top=moe.group_top,
+            normalize=moe.normalize,
+            scale=moe.scale,
+        )
+        group, index = divmod(
+            self.tensor_rank, topology.tensor_parallel // topology.expert_parallel
+        )
+        # The ranks of a group sum parts of the same experts: one of them adds the bias.
+        down_bias = self._bias(f"{prefix}experts.down") if index == 0 else None
+        total = g.experts(
+            x,
+            ids,
+            weights,
+            self._weight(f"{prefix}experts.gate_up.weight"),
+            self._weight(f"{prefix}experts.down.weight"),
+            self._bias(f"{prefix}experts.gate_up"),
+            down_bias,
+            first=group * (moe.num_experts // topology.expert_parallel),
+            activation=config.activation,
+            alpha=moe.alpha,
+            limit=moe.limit,
+        )
+        if moe.shared_size:
+            down = self._weight(f"{prefix}shared.down.weight")
+            shared = g.linear(self._activated(x, f"{prefix}shared."), down)
+            if moe.shared_gate:
+                shared = g.token_gate(shared, x, self._weight(f"{prefix}shared_gate.weight"))
+            total = g.add(total, shared)
+        return g.all_reduce(total) if topology.tensor_parallel > 1 else total
 
     def _head(self, hidden: Tensor) -> Tensor:
         g, config = self.builder, self.config
@@ -197,8 +281,9 @@ class _Decoder:
 
     def _weight(self, name: str) -> Tensor:
         spec = self.specs[name]
-        shape = spec.shard.local_shape(spec.shape, self.tensor_rank, self.topology.tensor_parallel)
-        return self.builder.parameter(name, shape, self.config.dtype)
+        ranks, groups = self.topology.tensor_parallel, self.topology.expert_parallel
+        shape = spec.shard.local_shape(spec.shape, self.tensor_rank, ranks, groups)
+        return self.builder.parameter(name, shape, spec.stored_as(self.config))
 
     def _neighbour(self, step: int) -> int:
         """The rank with this tensor rank, `step` stages on."""
