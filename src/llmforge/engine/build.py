@@ -122,7 +122,9 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
     shards = {spec.shard for spec in parameters(config).values()}
 
     def divides(ranks: int, groups: int) -> bool:
-        return ranks % groups == 0 and all(shard.divides(ranks, groups) for shard in shards)
+        # A query head on several ranks would be summed several times.
+        whole = ranks <= config.num_heads and ranks % groups == 0
+        return whole and all(shard.divides(ranks, groups) for shard in shards)
 
     _check_expert_parallel(config, topology)
     if not divides(ranks, groups):
