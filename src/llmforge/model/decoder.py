@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmforge.checkpoint.config import ModelConfig, RopeConfig
+from llmforge.checkpoint.config import ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.params import (
     EMBEDDING,
     EMBEDDING_NORM,
@@ -13,7 +13,7 @@ from llmforge.checkpoint.params import (
     parameters,
 )
 from llmforge.model.graph import Graph, Tensor
-from llmforge.model.rank import RankBuilder
+from llmforge.model.rank import RankBuilder, Share
 from llmforge.parallel import Topology
 from llmforge.safetensors_io import NUMPY_DTYPES
 
@@ -55,31 +55,30 @@ class _Decoder:
 
     def _layer(self, x: Tensor, layer: int) -> Tensor:
         g, config, prefix = self.builder, self.config, layer_prefix(layer)
-        o, down = f"{prefix}attention.o", f"{prefix}mlp.down"
         normed = self._norm(x, f"{prefix}attention_norm") if config.pre_norm else x
-        attended = self._attention(normed, layer)
+        attention = self._attention if config.latent is None else self._latent_attention
+        attended = attention(normed, layer)
         if config.parallel_block and not config.post_norm and self.topology.tensor_parallel > 1:
             # Nothing stands between the two branches and their sum: ranks meet once for both.
             read = normed if config.shared_norm else self._norm(x, f"{prefix}mlp_norm")
-            both = g.row_linear((attended, o), (self._mlp(read, f"{prefix}mlp."), down))
+            both = g.total(attended, self._feed_forward(read, layer))
             return g.add(x, self._scaled(both, config.residual_scale))
-        total = g.add(x, self._branch(g.row_linear((attended, o)), f"{prefix}attention_post_norm"))
+        total = g.add(x, self._branch(attended, f"{prefix}attention_post_norm"))
         read = x if config.parallel_block else total  # what the MLP reads
         if config.shared_norm:
             read = normed
         elif config.pre_norm:
             read = self._norm(read, f"{prefix}mlp_norm")
-        given = g.row_linear((self._mlp(read, f"{prefix}mlp."), down))
-        return g.add(total, self._branch(given, f"{prefix}mlp_post_norm"))
+        return g.add(total, self._branch(self._feed_forward(read, layer), f"{prefix}mlp_post_norm"))
 
-    def _branch(self, x: Tensor, norm: str) -> Tensor:
+    def _branch(self, share: Share, norm: str) -> Tensor:
         """What attention or MLP gives, as it is added to the residual."""
+        x = self.builder.total(share)
         return self._scaled(
             self._norm(x, norm) if self.config.post_norm else x, self.config.residual_scale
         )
 
-    def _attention(self, x: Tensor, layer: int) -> Tensor:
-        """What the rank's heads attend to, before the output projection."""
+    def _attention(self, x: Tensor, layer: int) -> Share:
         g, config, prefix = self.builder, self.config, f"{layer_prefix(layer)}attention."
         head_dim = config.head_dim
         q, k, v = (g.column_linear(x, prefix + name) for name in ("q", "k", "v"))
@@ -87,34 +86,120 @@ class _Decoder:
         assert isinstance(kv_size, int)
         if config.qk_norm:
             q, k = self._qk_norm(q, f"{prefix}q_norm"), self._qk_norm(k, f"{prefix}k_norm")
+        if (limit := config.qkv_clamp) is not None:
+            q, k, v = (g.clamp(t, limit=limit) for t in (q, k, v))
         if rope := config.layer_rope(layer):
             q, k = (g.rope(t, self.tables[rope], head_dim=head_dim) for t in (q, k))
         caches = g.kv_cache(layer, kv_size // head_dim, head_dim, config.dtype)
         scale = head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         window, cap, slopes = config.sliding_window[layer], config.attention_softcap, self._slopes()
-        if cap is None and not slopes:
-            return g.attention(q, k, v, caches, head_dim=head_dim, scale=scale, window=window)
-        return g.scored_attention(
-            *(q, k, v, caches),
-            head_dim=head_dim,
+        sinks = g.weight(f"{prefix}sinks") if config.attention_sinks else None
+        if cap is None and not slopes and sinks is None:
+            attended = g.attention(q, k, v, caches, head_dim=head_dim, scale=scale, window=window)
+        else:
+            attended = g.scored_attention(
+                *(q, k, v, caches),
+                head_dim=head_dim,
+                scale=scale,
+                window=window,
+                soft_cap=cap,
+                slopes=slopes,
+                sinks=sinks,
+            )
+        return g.row_linear(attended, f"{prefix}o")
+
+    def _latent_attention(self, x: Tensor, layer: int) -> Share:
+        """The products by which keys and values are made of the latents stand on the other side:
+        before the scores on the queries, behind the weighted sum on the result."""
+        g, config, prefix = self.builder, self.config, f"{layer_prefix(layer)}attention."
+        sizes = config.latent
+        assert sizes is not None
+
+        def normed(t: Tensor, name: str) -> Tensor:
+            return g.rms_norm(t, g.weight(f"{prefix}{name}.weight"), eps=sizes.norm_eps)
+
+        source = x
+        if sizes.q_rank is not None:
+            source = normed(g.column_linear(x, f"{prefix}q_a"), "q_a_norm")
+        q, q_rope = (g.column_linear(source, prefix + name) for name in ("q", "q_rope"))
+        latent, k_rope = (g.column_linear(x, prefix + name) for name in ("latent", "k_rope"))
+        if rope := config.layer_rope(layer):
+            q_rope, k_rope = (
+                g.rope(t, self.tables[rope], head_dim=sizes.rope_dim) for t in (q_rope, k_rope)
+            )
+        cache = g.latent_cache(layer, sizes.kv_rank + sizes.rope_dim, config.dtype)
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        attended = g.latent_attention(
+            g.head_linear(q, g.weight(f"{prefix}k_up")),
+            q_rope,
+            normed(latent, "latent_norm"),
+            k_rope,
+            cache,
             scale=scale,
-            window=window,
-            soft_cap=cap,
-            slopes=slopes,
         )
+        values = g.head_linear(attended, g.weight(f"{prefix}v_up"))
+        return g.row_linear(values, f"{prefix}o")
 
     def _slopes(self) -> tuple[float, ...]:
         """The ALiBi slopes of this rank's query heads."""
         local = len(self.config.alibi_slopes) // self.topology.tensor_parallel
         return self.config.alibi_slopes[self.builder.tensor_rank * local :][:local]
 
-    def _mlp(self, x: Tensor, prefix: str) -> Tensor:
-        """The rank's share of the hidden layer, before the down projection."""
+    def _feed_forward(self, x: Tensor, layer: int) -> Share:
+        """The MLP of a layer, or its mixture of experts."""
+        g, prefix = self.builder, layer_prefix(layer)
+        if (moe := self.config.layer_moe(layer)) is None:
+            return g.row_linear(self._activated(x, f"{prefix}mlp."), f"{prefix}mlp.down")
+        return self._moe(x, moe, f"{prefix}moe.")
+
+    def _activated(self, x: Tensor, prefix: str) -> Tensor:
+        """What the last product of an MLP reads."""
         g, activation = self.builder, self.config.activation
         if not self.config.gated_mlp:
             return g.activation(g.column_linear(x, f"{prefix}up"), activation=activation)
         gate, up = g.column_linear(x, f"{prefix}gate"), g.column_linear(x, f"{prefix}up")
         return g.gated_activation(gate, up, activation=activation)
+
+    def _moe(self, x: Tensor, moe: MoeConfig, prefix: str) -> Share:
+        """This rank's share of the chosen experts and of the shared one."""
+        g, config, topology = self.builder, self.config, self.topology
+        correction = g.weight(f"{prefix}router.correction") if moe.correction else None
+        ids, weights = g.route(
+            x,
+            g.weight(f"{prefix}router.weight"),
+            g.bias(f"{prefix}router"),
+            correction,
+            top_k=moe.top_k,
+            score=moe.score,
+            groups=moe.groups,
+            kept_groups=moe.kept_groups,
+            group_top=moe.group_top,
+            normalize=moe.normalize,
+            scale=moe.scale,
+        )
+        group, index = divmod(g.tensor_rank, topology.tensor_parallel // topology.expert_parallel)
+        # The ranks of a group sum parts of the same experts: one of them adds the bias.
+        down_bias = g.bias(f"{prefix}experts.down") if index == 0 else None
+        total = g.experts(
+            x,
+            ids,
+            weights,
+            g.weight(f"{prefix}experts.gate_up.weight"),
+            g.weight(f"{prefix}experts.down.weight"),
+            g.bias(f"{prefix}experts.gate_up"),
+            down_bias,
+            first=group * (moe.num_experts // topology.expert_parallel),
+            activation=config.activation,
+            alpha=moe.alpha,
+            limit=moe.limit,
+        )
+        if moe.shared_size:
+            down = g.weight(f"{prefix}shared.down.weight")
+            shared = g.linear(self._activated(x, f"{prefix}shared."), down)
+            if moe.shared_gate:
+                shared = g.token_gate(shared, x, g.weight(f"{prefix}shared_gate.weight"))
+            total = g.add(total, shared)
+        return Share(total)
 
     def _head(self, hidden: Tensor) -> Tensor:
         """The logits of the rank's share of the vocabulary."""

@@ -4,12 +4,21 @@ the places where ranks meet."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.params import ParamSpec
 from llmforge.model.builder import GraphBuilder
 from llmforge.model.graph import Graph, Tensor
 from llmforge.parallel import Topology
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this rank has of a sum over ranks, and a bias that is added to the sum, once."""
+
+    value: Tensor
+    bias: Tensor | None = None
 
 
 class RankBuilder(GraphBuilder):
@@ -38,8 +47,9 @@ class RankBuilder(GraphBuilder):
     def weight(self, name: str) -> Tensor:
         """The parameter `name`: of what is cut, this rank's piece."""
         spec = self.specs[name]
-        shape = spec.shard.local_shape(spec.shape, self.tensor_rank, self.topology.tensor_parallel)
-        return self.parameter(name, shape, self.config.dtype)
+        ranks, groups = self.topology.tensor_parallel, self.topology.expert_parallel
+        shape = spec.shard.local_shape(spec.shape, self.tensor_rank, ranks, groups)
+        return self.parameter(name, shape, spec.stored_as(self.config))
 
     def bias(self, name: str) -> Tensor | None:
         """``NAME.bias``, where the model has it."""
@@ -51,22 +61,28 @@ class RankBuilder(GraphBuilder):
         computes its own of them."""
         return self.linear(x, self.weight(f"{name}.weight"), self.bias(name))
 
-    def row_linear(self, *branches: tuple[Tensor, str]) -> Tensor:
-        """The linears ``NAME.weight``, ``NAME.bias`` cut along their input features, each of its
-        own (input, NAME): their sum, whole on every rank. Ranks add what they have of all branches
-        before they meet, once; biases are added once, to the sum."""
+    def row_linear(self, x: Tensor, name: str) -> Share:
+        """The linear ``NAME.weight``, ``NAME.bias`` cut along its input features: each rank has
+        its own of them, and so a share of the sum that the output is."""
+        weight, bias = self.weight(f"{name}.weight"), self.bias(name)
         if self.topology.tensor_parallel == 1:
-            return self._sum(*(self.column_linear(x, name) for x, name in branches))
-        parts = (self.linear(x, self.weight(f"{name}.weight")) for x, name in branches)
-        biases = (bias for _, name in branches if (bias := self.bias(name)) is not None)
-        return self._sum(self.all_reduce(self._sum(*parts)), *biases)
-
-    def _sum(self, first: Tensor, *others: Tensor) -> Tensor:
-        for other in others:
-            first = self.add(first, other)
-        return first
+            return Share(self.linear(x, weight, bias))
+        return Share(self.linear(x, weight), bias)
 
     # -- where ranks meet ------------------------------------------------------------------------
+
+    def total(self, *shares: Share) -> Tensor:
+        """The sum of all ranks' shares, whole on every rank. Several are added before the ranks
+        meet, once."""
+        result, *others = (share.value for share in shares)
+        for other in others:
+            result = self.add(result, other)
+        if self.topology.tensor_parallel > 1:
+            result = self.all_reduce(result)
+        for share in shares:
+            if share.bias is not None:
+                result = self.add(result, share.bias)
+        return result
 
     def embed_tokens(self, name: str) -> Tensor:
         """The step's tokens looked up in the parameter `name`, which is cut along the vocabulary:
