@@ -70,7 +70,8 @@ def compile_apart(jobs: Sequence[RankJob], progress: Progress) -> list[Checksums
 
     Raises the first worker's error. However this is left, no worker is left running.
     """
-    waiting, running = list(enumerate(jobs)), {}
+    waiting = list(enumerate(jobs))
+    running: dict[int, _Worker] = {}
     results: dict[int, Checksums] = {}
     messages: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
     most = at_a_time(jobs, psutil.virtual_memory().available)
@@ -117,7 +118,7 @@ class _Worker:
         self, index: int, job: RankJob, messages: queue.Queue[tuple[int, dict[str, Any]]]
     ) -> None:
         self._index, self._messages = index, messages
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
         reader, writer = os.pipe()
         command = [sys.executable, "-m", "llmforge.engine.worker", str(writer)]
         try:

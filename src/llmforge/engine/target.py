@@ -37,7 +37,7 @@ class Weights(Protocol):
         ...
 
     def report(self, fraction: float) -> None:
-        """How much of its work the target has done, from 0 to 1, where reading is not most of it."""
+        """How much of its work, from 0 to 1, a target has done where reading is not most of it."""
         ...
 
 

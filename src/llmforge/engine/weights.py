@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from llmforge.checkpoint.params import ParamSpec, parameters
 from llmforge.checkpoint.store import Checkpoint
 from llmforge.model.graph import Parameter
-from llmforge.parallel import Topology
+from llmforge.parallel import Piece, Topology
 
 Array = NDArray[np.generic]
 
@@ -39,11 +39,11 @@ class RankWeights:
         mapped, read-only, and not copied."""
         if len(parameter.parts) == 1:
             spec = self._specs[parameter.parts[0]]
-            if spec.shard.replicated:
+            cuts = self._cuts(spec)
+            if not cuts:
                 return self.checkpoint.map(spec.name)
-            ranks, tensor_rank = self.topology.tensor_parallel, self.topology.tensor_rank(self.rank)
-            pieces = list(spec.shard.pieces(tensor_rank, ranks))
-            if spec.shard.dim == 0 and len(pieces) == 1 and not pieces[0].padding:
+            pieces = cuts.get(0, ())
+            if len(cuts) == len(pieces) == 1 and not pieces[0].padding:
                 return self.checkpoint.map(spec.name)[pieces[0].start : pieces[0].stop]
         return self.read(parameter)
 
@@ -51,12 +51,7 @@ class RankWeights:
         """Nobody listens here."""
 
     def _shard(self, spec: ParamSpec) -> Array:
-        topology = self.topology
-        cuts = dict(
-            spec.shard.cuts(
-                topology.tensor_rank(self.rank), topology.tensor_parallel, topology.expert_parallel
-            )
-        )
+        cuts = self._cuts(spec)
         rows = None
         if spec.shard.experts and 0 in cuts:
             [held] = cuts.pop(0)
@@ -72,3 +67,12 @@ class RankWeights:
                 run = np.pad(run, width)
             runs.append(run)
         return runs[0] if len(runs) == 1 else np.concatenate(runs, axis=dim)
+
+    def _cuts(self, spec: ParamSpec) -> dict[int, tuple[Piece, ...]]:
+        """This rank's pieces of each dimension that is cut."""
+        topology = self.topology
+        return dict(
+            spec.shard.cuts(
+                topology.tensor_rank(self.rank), topology.tensor_parallel, topology.expert_parallel
+            )
+        )

@@ -16,7 +16,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 PTX_ARCH = "compute_80"
 
 # For each architecture, the function of every kernel by the kernel's key.
-Index = dict[str, dict[str, str]]
+Index = Mapping[str, Mapping[str, str]]
 
 
 def write_images(

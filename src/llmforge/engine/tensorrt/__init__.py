@@ -1,1 +1,1 @@
-"""The tensorrt and tensorrt-rtx targets: a TensorRT network of the same graph, built and executed."""
+"""The tensorrt and tensorrt-rtx targets: TensorRT networks of the same graph, built and run."""

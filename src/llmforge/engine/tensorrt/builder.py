@@ -103,7 +103,7 @@ def _monitor(package: Package, report: Fraction) -> Any:
         return None
     trt = package.trt
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._lock = threading.Lock()

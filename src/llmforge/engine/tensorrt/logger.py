@@ -1,7 +1,8 @@
 """What TensorRT says, and what it means: errors of its log fail the build.
 
 TensorRT's calls seldom raise: what fails returns None or is dropped, and the reason stands in the
-log. So a build collects the log, and `Messages.check` raises on anything of severity ERROR or worse.
+log. So a build collects the log, and `Messages.check` raises on any message of severity ERROR or
+worse.
 """
 
 from __future__ import annotations

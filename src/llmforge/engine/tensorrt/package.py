@@ -212,7 +212,7 @@ class Package:
             return True
         trt, failures = self.trt, []
 
-        class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 trt.IStreamWriter.__init__(self)
 

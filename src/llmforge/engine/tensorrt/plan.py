@@ -109,10 +109,7 @@ class RankPlan:
             for profile in values["profiles"]
         )
         values["caches"] = tuple(CachePlan(**cache) for cache in values["caches"])
-        values["steps"] = tuple(
-            Step(**{k: tuple(v) if isinstance(v, list) else v for k, v in step.items()})
-            for step in values["steps"]
-        )
+        values["steps"] = tuple(Step(**_with_tuples(step)) for step in values["steps"])
         values["tensors"] = {
             name: Tensor(name, tuple(shape), dtype)
             for name, (shape, dtype) in values["tensors"].items()
@@ -129,6 +126,10 @@ class RankPlan:
             raise StoreError(
                 f"{path} is corrupt ({error}); build the engine again with: llmforge build"
             ) from error
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def _given(step: Mapping[str, Any]) -> dict[str, Any]:

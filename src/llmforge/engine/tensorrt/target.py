@@ -19,10 +19,10 @@ from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.engine.tensorrt import package as packages
 from llmforge.engine.tensorrt.builder import BuildOptions, build_engine, timing_cache_path
 from llmforge.engine.tensorrt.io import DECODE, PREFILL, profiles
-from llmforge.engine.tensorrt.lowering.rank import RankLowering
+from llmforge.engine.tensorrt.lowering.rank import RankLowering, model_dtype
 from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.plan import GRAPH_FILE, KERNELS, PLAN_FILE, RankPlan
-from llmforge.errors import BuildError, SettingsError
+from llmforge.errors import BuildError
 from llmforge.kernels import compile as compiler
 from llmforge.kernels.images import ARCHS, PTX_ARCH, write_images
 from llmforge.model.graph import Graph
@@ -56,10 +56,7 @@ class TensorRTTarget:
 
     def configured(self, settings: BuildSettings) -> TensorRTTarget:
         package = self._package()
-        known = package.known_archs()
         package.check_archs(settings.arch)
-        if known and (level := settings.optimization_level) is not None and level < 0:
-            raise SettingsError(f"optimization_level {level} is not allowed")
         cache = settings.timing_cache
         options = BuildOptions(
             archs=settings.arch or package.default_archs(),
@@ -87,7 +84,7 @@ class TensorRTTarget:
     def prepare(self, graph: Graph) -> Graph:
         """As it is traced: TensorRT makes its own choice of what to merge and fuse, and weights
         that are not merged can be mapped instead of copied."""
-        self._package().dtype(graph.parameters[0].dtype)
+        self._package().dtype(model_dtype(graph))
         return graph
 
     def memory(self, graph: Graph, limits: Limits) -> MemoryPlan:
@@ -116,7 +113,7 @@ class TensorRTTarget:
         package, options = self._package(), self._options
         (out / GRAPH_FILE).write_text(graph.to_json())
         lowering = RankLowering(graph, limits, weights, package, primitives=options.primitives)
-        dtype = graph.parameters[0].dtype
+        dtype = model_dtype(graph)
         checksums: dict[str, tuple[int, str]] = {}
         count = lowering.num_engines
         for engine in lowering.engines():
@@ -136,10 +133,10 @@ class TensorRTTarget:
         return checksums
 
     def load(self, directory: Path, topology: Topology, limits: Limits, comm: Comm) -> Executable:
-        from llmforge.engine.tensorrt.device import CudaDevice
-        from llmforge.engine.tensorrt.executable import TensorRTExecutable, device_index
+        from llmforge.engine.tensorrt.device import CudaDevice, count_gpus
+        from llmforge.engine.tensorrt.executable import TensorRTExecutable, local_rank
 
-        package, device = self._package(), CudaDevice(device_index(comm))
+        package, device = self._package(), CudaDevice(local_rank(comm) % count_gpus())
         return TensorRTExecutable(directory, topology, limits, comm, package, device)
 
     def _package(self) -> Package:

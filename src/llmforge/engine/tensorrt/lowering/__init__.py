@@ -1,4 +1,4 @@
-"""The lowering table: op × (native layers, primitives). Importing this fills it."""
+"""The lowering table: op x (native layers, primitives). Importing this fills it."""
 
 from llmforge.engine.tensorrt.lowering import attention, basic, collectives, experts, rope
 from llmforge.engine.tensorrt.lowering.table import TABLE

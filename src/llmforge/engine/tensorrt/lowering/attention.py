@@ -6,8 +6,9 @@ native      the cache update writes S positions of k and v in place; attention r
 primitives  the network reads the cache where it lies, as an input of two products (q Kᵀ and p V),
             and gives S new positions of k and v, which a kernel of the runtime writes into the
             slot. Nothing of the cache is copied: attention over the cache and over the new
-            tokens are computed apart and joined by their softmaxes' sums. A masked position is read and multiplied by 0, so
-            a step reads M positions however short the sequence is, and 2 S more are written twice.
+            tokens are computed apart and joined by their softmaxes' sums. Masked positions are
+            read and count nothing, so a step reads M positions however short the sequence is; the
+            S new ones of k and v are written twice.
 
 scored_attention and latent_attention are the products of primitives in both columns, over the
 updated cache where that is native: TensorRT's attention layer has no soft cap, no additive scores

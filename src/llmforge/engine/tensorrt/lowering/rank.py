@@ -1,4 +1,4 @@
-"""`RankLowering`: a rank's prepared graph as TensorRT networks, one an engine, and its `RankPlan`."""
+"""`RankLowering`: a rank's prepared graph as TensorRT networks, one an engine, and its plan."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RankLowering:
 
     def engines(self) -> Iterator[Engine]:
         """Raises BuildError where TensorRT refuses a layer."""
-        self.package.dtype(self.graph.parameters[0].dtype)
+        self.package.dtype(model_dtype(self.graph))
         for part in self.parts:
             if isinstance(part, Segment):
                 file = f"segment{sum(s.kind == 'engine' for s in self._steps)}.engine"
@@ -77,7 +77,7 @@ class RankLowering:
             archs=tuple(archs),
             gpu=gpu,
             primitives=self.primitives,
-            dtype=self.graph.parameters[0].dtype,
+            dtype=model_dtype(self.graph),
             capacity=self.limits.block_size,
             slots=self.limits.num_blocks,
             native_cache=self.native_cache,
@@ -171,6 +171,11 @@ class RankLowering:
         if name in {t.name for t in self.graph.inputs}:
             return None
         raise BuildError(f"{name} is read before it is computed")
+
+
+def model_dtype(graph: Graph) -> str:
+    """What the model computes in: the caches' dtype."""
+    return graph.states[0].dtype
 
 
 # Step inputs that rows take as they are; what the others say is said by io.py's.

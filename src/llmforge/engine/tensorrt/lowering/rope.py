@@ -32,7 +32,8 @@ def _rotation(g: Lowering, fields: Mapping[str, Any], *, doubled: bool) -> Rotat
     """Rows of a constant table, chosen by position; of two tables, one behind the other, where
     the prompt's length chooses. With dynamic scaling every length has frequencies of its own:
     there the angles are computed in the network."""
-    config = RopeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    config = RopeConfig(**plain)
     net, positions = g.net, g.step_input(POSITIONS)
     if config.scaling == "dynamic":
         return _computed(g, config, doubled=doubled)
