@@ -37,7 +37,7 @@ def write_images(
 
 
 def read_images(
-    index: Index, directory: Path, capability: tuple[int, int]
+    index: Mapping[str, Mapping[str, str]], directory: Path, capability: tuple[int, int]
 ) -> tuple[dict[str, tuple[bytes, str]], str]:
     """(image, function) of each kernel by key for a GPU of this capability, and the architecture
     that they are for."""

@@ -24,7 +24,7 @@ from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.plan import GRAPH_FILE, KERNELS, PLAN_FILE, RankPlan
 from llmforge.errors import BuildError
 from llmforge.kernels import compile as compiler
-from llmforge.kernels.images import ARCHS, PTX_ARCH, write_images
+from llmforge.kernels.images import ARCHS, PTX_ARCH, Index, write_images
 from llmforge.model.graph import Graph
 from llmforge.parallel import Topology
 from llmforge.settings import BuildSettings
@@ -194,7 +194,7 @@ def _gpu_name() -> str:
         device.close()
 
 
-def _write_kernels(plan: RankPlan, out: Path) -> dict[str, dict[str, str]]:
+def _write_kernels(plan: RankPlan, out: Path) -> Index:
     from llmforge.engine.tensorrt.kernels import engine_kernels
 
     specs = engine_kernels(plan)
