@@ -21,10 +21,14 @@ from llmforge.errors import BuildError, MemoryLimitError, SettingsError
 from llmforge.model.decoder import trace
 from llmforge.model.graph import Graph, Parameter
 from llmforge.parallel import Topology
-from llmforge.settings import BuildSettings
+from llmforge.settings import BuildSettings, check_target_options
 
 DEFAULT_TARGET = "cpu"
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+DEFAULT_BLOCK_SIZE = 32
+# A slot of a linear cache holds a multiple of this many tokens, so that each starts at an address
+# as aligned as accelerators want it.
+SLOT_GRANULE = 16
 
 
 def build(
@@ -41,12 +45,15 @@ def build(
     Everything that cannot work is refused before the first byte is written: BuildError (layout
     or limits), MemoryLimitError, TargetError, StoreError (checkpoint), OutputError.
     """
-    target = find_target(settings.target or DEFAULT_TARGET)
+    name = settings.target or DEFAULT_TARGET
+    found = find_target(name)
+    check_target_options(settings, name)
+    target = found.configured(settings)
     checkpoint = Checkpoint.open(checkpoint_directory)
     config = checkpoint.config
     topology = Topology(settings.tensor_parallel, settings.pipeline_parallel)
     check_topology(config, topology)
-    limits = resolve_limits(config, settings, warn)
+    limits = resolve_limits(config, settings, warn, linear_cache=target.linear_cache)
     ranks = range(topology.world_size)
     graphs = [target.prepare(trace(config, topology, rank)) for rank in ranks]
     plans = [target.memory(graph, limits) for graph in graphs]
@@ -123,8 +130,11 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
         )
 
 
-def resolve_limits(config: ModelConfig, settings: BuildSettings, warn: Warn) -> Limits:
-    """The engine's limits, with what was left open decided. Raises SettingsError."""
+def resolve_limits(
+    config: ModelConfig, settings: BuildSettings, warn: Warn, *, linear_cache: bool = False
+) -> Limits:
+    """The engine's limits, with what was left open decided. Raises SettingsError.
+    linear_cache: as of the target."""
     max_seq_len = settings.max_seq_len or min(config.max_position, 4096)
     if max_seq_len > config.max_position:
         warn(
@@ -143,22 +153,29 @@ def resolve_limits(config: ModelConfig, settings: BuildSettings, warn: Warn) -> 
             f"max_num_tokens {max_num_tokens} is less than max_batch_size {batch}, so a step could "
             "not hold one token of each sequence; raise it or lower max_batch_size"
         )
-    if settings.block_size not in BLOCK_SIZES:
+    if linear_cache:
+        capacity = -(-max_seq_len // SLOT_GRANULE) * SLOT_GRANULE
+        return Limits(batch, max_seq_len, max_num_tokens, capacity, num_blocks=batch)
+    block_size = settings.block_size or DEFAULT_BLOCK_SIZE
+    num_blocks = _num_blocks(settings, block_size, batch, max_seq_len)
+    return Limits(batch, max_seq_len, max_num_tokens, block_size, num_blocks)
+
+
+def _num_blocks(settings: BuildSettings, block_size: int, batch: int, max_seq_len: int) -> int:
+    if block_size not in BLOCK_SIZES:
         raise SettingsError(
-            f"block_size {settings.block_size} is not allowed; "
-            f"allowed: {', '.join(map(str, BLOCK_SIZES))}"
+            f"block_size {block_size} is not allowed; allowed: {', '.join(map(str, BLOCK_SIZES))}"
         )
-    blocks_per_seq = -(-max_seq_len // settings.block_size)
+    blocks_per_seq = -(-max_seq_len // block_size)
     if settings.kv_cache_tokens is None:
-        num_blocks = batch * blocks_per_seq
-    else:
-        num_blocks = -(-settings.kv_cache_tokens // settings.block_size)
-        if num_blocks < blocks_per_seq:
-            raise SettingsError(
-                f"kv_cache_tokens {settings.kv_cache_tokens} cannot hold one sequence of "
-                f"max_seq_len {max_seq_len}; give at least {blocks_per_seq * settings.block_size}"
-            )
-    return Limits(batch, max_seq_len, max_num_tokens, settings.block_size, num_blocks)
+        return batch * blocks_per_seq
+    num_blocks = -(-settings.kv_cache_tokens // block_size)
+    if num_blocks < blocks_per_seq:
+        raise SettingsError(
+            f"kv_cache_tokens {settings.kv_cache_tokens} cannot hold one sequence of "
+            f"max_seq_len {max_seq_len}; give at least {blocks_per_seq * block_size}"
+        )
+    return num_blocks
 
 
 def _check_memory(plans: Sequence[MemoryPlan], limit_gb: float | None) -> None:
