@@ -1,5 +1,5 @@
 // The features of all ranks side by side: out [rows, SIZE] from x [rows, LOCAL] of each rank; what is
-// beyond SIZE is padding and left out. DIRECT and WIDTH as in all_reduce.cu. THREADS: block size.
+// beyond SIZE is padding and left out. DIRECT, RANKS and WIDTH as in all_reduce.cu. THREADS: block size.
 // Grid: at most MAX_BLOCKS.
 #include "common.cuh"
 #include "exchange.cuh"
@@ -8,7 +8,7 @@
 typedef Pack<WIDTH> P;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-all_gather(T* out, const T* x, const u64* table, const T* parts, int rank, int ranks, int rows,
+all_gather(T* out, const T* x, const u64* table, const T* parts, int rank, int rows,
            int slot_units) {
     let_next_start();
     const int total = rows * PACKS;
@@ -17,19 +17,17 @@ all_gather(T* out, const T* x, const u64* table, const T* parts, int rank, int r
     // A slot: the x of each rank, [ranks, rows, LOCAL].
 #if DIRECT
     Exchange exchange;
-    exchange.open(table, rank, ranks);
+    exchange.open(table, rank);
     wait_for_previous();
     exchange.begin();
     for (int i = first; i < total; i += step) {
         const P value = own[i];
 #pragma unroll
-        for (int r = 0; r < MAX_RANKS; r++)
-            if (r < ranks && r != rank)
-                ((P*)slot_of(exchange.region[r], exchange.number, slot_units))
-                    [(size_t)rank * total + i] = value;
+        for (int r = 0; r < RANKS; r++)
+            if (r != rank) exchange.slot<P>(r, slot_units)[(size_t)rank * total + i] = value;
     }
-    exchange.meet(0);
-    const P* here = (const P*)exchange.slot(rank, slot_units);
+    exchange.meet(0, RANKS);
+    const P* here = exchange.slot<P>(rank, slot_units);
 #else
     wait_for_previous();
     const P* here = (const P*)parts;
@@ -37,7 +35,7 @@ all_gather(T* out, const T* x, const u64* table, const T* parts, int rank, int r
     for (int i = first; i < total; i += step) {
         const int row = i / PACKS, column = i % PACKS;
         P* target = (P*)(out + (size_t)row * SIZE) + column;
-        for (int r = 0; r < ranks; r++) {
+        for (int r = 0; r < RANKS; r++) {
             if (r * PACKS + column >= SIZE / WIDTH) continue;
             target[r * PACKS] = r == rank ? own[i] : load_arrived(here + (size_t)r * total + i);
         }

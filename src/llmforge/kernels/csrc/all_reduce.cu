@@ -1,11 +1,12 @@
 // The sum of x over ranks, in rank order, one precision up, rounded once; then what stands behind it
 // in the graph: BIAS, + bias, rounded; ADD, + residual, rounded, which is kept in out_sum (in `out`
 // without NORM); NORM, RMSNorm of that with `weight` (see norm.cu), in `out`.
-//   FEATURES: elements of a token. RUN: elements that a block takes at once (FEATURES with NORM).
+//   RANKS: how many. FEATURES: elements of a token. RUN: elements that a block takes at once
+//   (FEATURES with NORM).
 //   WIDTH: elements a load. THREADS: block size. Grid: at most MAX_BLOCKS.
 //   DIRECT: ranks write into each other's memory, else `parts` holds the x of all of them.
 //   TWO_SHOT: each rank sums a share of every run for all, else each sums everything. That moves
-//   2 (ranks - 1) / ranks of x instead of ranks - 1 times x, and waits twice.
+//   2 (RANKS - 1) / RANKS of x instead of RANKS - 1 times x, and waits twice.
 #include "common.cuh"
 #include "exchange.cuh"
 
@@ -22,18 +23,17 @@ DEVICE T narrowed(float x) { return from_float(x); }
 DEVICE T narrowed(double x) { return from_float((float)x); }
 
 // The sum of `mine` and, from each other rank r, of parts[r * stride].
-DEVICE P sum_of(P mine, const P* parts, size_t stride, int rank, int ranks) {
-    P each[MAX_RANKS];
+DEVICE P sum_of(P mine, const P* parts, size_t stride, int rank) {
+    P each[RANKS];
 #pragma unroll
-    for (int r = 0; r < MAX_RANKS; r++)
-        if (r < ranks) each[r] = r == rank ? mine : load_arrived(parts + r * stride);
+    for (int r = 0; r < RANKS; r++)
+        each[r] = r == rank ? mine : load_arrived(parts + r * stride);
     P result;
 #pragma unroll
     for (int j = 0; j < WIDTH; j++) {
         Wide sum = widened(each[0].v[j]);
 #pragma unroll
-        for (int r = 1; r < MAX_RANKS; r++)
-            if (r < ranks) sum += widened(each[r].v[j]);
+        for (int r = 1; r < RANKS; r++) sum += widened(each[r].v[j]);
         result.v[j] = narrowed(sum);
     }
     return result;
@@ -55,25 +55,22 @@ DEVICE P added(P value, size_t at, const T* bias, const T* residual) {
     return value;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 all_reduce(T* out, T* out_sum, const T* x, const T* residual, const T* bias, const T* weight,
-           const u64* table, const T* parts, int rank, int ranks, int tokens, int slot_units,
-           float eps) {
+           const u64* table, const T* parts, int rank, int tokens, int slot_units, float eps) {
+#if NORM
     __shared__ float scratch[32];
+#endif
     let_next_start();
     const size_t total = (size_t)tokens * (FEATURES / WIDTH);
     const int runs = (total + PACKS - 1) / PACKS;
     const P* own = (const P*)x;
 #if DIRECT
     Exchange exchange;
-    exchange.open(table, rank, ranks);
+    exchange.open(table, rank);
     wait_for_previous();
     exchange.begin();
-    char* slots[MAX_RANKS];
-#pragma unroll
-    for (int r = 0; r < MAX_RANKS; r++)
-        slots[r] = r < ranks ? slot_of(exchange.region[r], exchange.number, slot_units) : 0;
-    P* here = (P*)exchange.slot(rank, slot_units);
+    const P* here = exchange.slot<P>(rank, slot_units);
 #else
     wait_for_previous();
     const P* here = (const P*)parts;
@@ -81,50 +78,57 @@ all_reduce(T* out, T* out_sum, const T* x, const T* residual, const T* bias, con
 
 #if TWO_SHOT
     // A slot: from each rank its part of this rank's share, [ranks, runs, share], then all sums.
-    const int share = (PACKS + ranks - 1) / ranks;
-    const size_t gathered = (size_t)ranks * runs * share;
+    const int share = (PACKS + RANKS - 1) / RANKS;
+    const size_t gathered = (size_t)RANKS * runs * share;
     for (int run = blockIdx.x; run < runs; run += gridDim.x) {
+#pragma unroll 2
         for (int p = threadIdx.x; p < PACKS; p += THREADS) {
             const size_t at = (size_t)run * PACKS + p;
             const int owner = p / share;
             if (at >= total || owner == rank) continue;
-            P* target = (P*)exchange.slot(owner, slot_units);
+            P* target = exchange.slot<P>(owner, slot_units);
             target[((size_t)rank * runs + run) * share + p % share] = own[at];
         }
     }
-    exchange.meet(0);
+    exchange.meet(0, RANKS);
     for (int run = blockIdx.x; run < runs; run += gridDim.x) {
+#pragma unroll 1
         for (int i = threadIdx.x; i < share; i += THREADS) {
             const int p = rank * share + i;
             const size_t at = (size_t)run * PACKS + p;
             if (p >= PACKS || at >= total) continue;
             const P* first = here + (size_t)run * share + i;
-            const P sum = sum_of(own[at], first, (size_t)runs * share, rank, ranks);
+            const P sum = sum_of(own[at], first, (size_t)runs * share, rank);
 #pragma unroll
-            for (int r = 0; r < MAX_RANKS; r++)
-                if (r < ranks) ((P*)slots[r])[gathered + at] = sum;
+            for (int r = 0; r < RANKS; r++)
+                exchange.slot<P>(r, slot_units)[gathered + at] = sum;
         }
     }
-    exchange.meet(1);
+    exchange.meet(1, RANKS);
 #elif DIRECT
     // A slot: the x of each rank, [ranks, total].
     for (int run = blockIdx.x; run < runs; run += gridDim.x) {
+#pragma unroll 2
         for (int p = threadIdx.x; p < PACKS; p += THREADS) {
             const size_t at = (size_t)run * PACKS + p;
             if (at >= total) continue;
             const P value = own[at];
 #pragma unroll
-            for (int r = 0; r < MAX_RANKS; r++)
-                if (r < ranks && r != rank) ((P*)slots[r])[rank * total + at] = value;
+            for (int r = 0; r < RANKS; r++)
+                if (r != rank) exchange.slot<P>(r, slot_units)[rank * total + at] = value;
         }
     }
-    exchange.meet(0);
+    exchange.meet(0, RANKS);
 #endif
 
     for (int run = blockIdx.x; run < runs; run += gridDim.x) {
+#if NORM
         P kept[PER_THREAD];
         float squares = 0;
 #pragma unroll
+#else
+#pragma unroll 1
+#endif
         for (int k = 0; k < PER_THREAD; k++) {
             const int p = k * THREADS + threadIdx.x;
             const size_t at = (size_t)run * PACKS + p;
@@ -132,7 +136,7 @@ all_reduce(T* out, T* out_sum, const T* x, const T* residual, const T* bias, con
 #if TWO_SHOT
             P value = load_arrived(here + gathered + at);
 #else
-            P value = sum_of(own[at], here + at, total, rank, ranks);
+            P value = sum_of(own[at], here + at, total, rank);
 #endif
             value = added(value, at, bias, residual);
 #if NORM

@@ -75,50 +75,42 @@ DEVICE Pack<WIDTH> load_arrived(const Pack<WIDTH>* address) {
     return value;
 }
 
-// The addresses of the group's regions, and this rank's part in the present exchange.
+// The group's regions, and this rank's part in the present exchange.
 struct Exchange {
-    u64 region[MAX_RANKS];
-    int rank, ranks;
+    const u64* table;  // the regions' addresses, which never change
+    u64 own;
+    int rank;
     u32 number;
 
     // Before the kernels before this one are complete.
-    DEVICE void open(const u64* table, int own, int count) {
-        rank = own, ranks = count;
-#pragma unroll
-        for (int r = 0; r < MAX_RANKS; r++) region[r] = r < count ? table[r] : 0;
-    }
-    DEVICE Group* own() const { return (Group*)region_of(rank); }
-    // A table lookup that keeps `region` in registers.
-    DEVICE u64 region_of(int wanted) const {
-        u64 found = 0;
-#pragma unroll
-        for (int r = 0; r < MAX_RANKS; r++)
-            if (r == wanted) found = region[r];
-        return found;
+    DEVICE void open(const u64* addresses, int self) {
+        table = addresses, rank = self, own = addresses[self];
     }
     // After they are.
-    DEVICE void begin() { number = *(volatile u32*)&own()->exchanges; }
-    // Where rank r writes and reads in this exchange.
-    DEVICE char* slot(int r, int slot_units) const {
-        return slot_of(region_of(r), number, slot_units);
+    DEVICE void begin() { number = *(volatile u32*)&((Group*)own)->exchanges; }
+    // Where rank r is written to and reads in this exchange.
+    template <typename P>
+    DEVICE P* slot(int r, int slot_units) const {
+        return (P*)slot_of(r == rank ? own : table[r], number, slot_units);
     }
     // What the blocks b of all ranks wrote before `meet` is there for all of them after it.
-    DEVICE void meet(int phase) const {
+    DEVICE void meet(int phase, int ranks) const {
         __syncthreads();
         const int other = threadIdx.x;
         if (other < ranks && other != rank) {
-            Group* there = (Group*)region_of(other);
+            Group* there = (Group*)table[other];
             store_release(&there->arrived[phase][blockIdx.x][rank], number + 1);
-            wait_for(&own()->arrived[phase][blockIdx.x][other], number + 1);
+            wait_for(&((Group*)own)->arrived[phase][blockIdx.x][other], number + 1);
         }
         __syncthreads();
     }
     DEVICE void end() const {
         __syncthreads();
         if (threadIdx.x) return;
-        if (atomicAdd(&own()->finished, 1) == gridDim.x - 1) {
-            own()->finished = 0;
-            own()->exchanges = number + 1;
+        Group* group = (Group*)own;
+        if (atomicAdd(&group->finished, 1) == gridDim.x - 1) {
+            group->finished = 0;
+            group->exchanges = number + 1;
         }
     }
 };
