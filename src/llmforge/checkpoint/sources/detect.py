@@ -1,0 +1,21 @@
+"""What a path holds, told by its files, and the source that reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmforge.artifact import Warn
+from llmforge.checkpoint.sources.base import Source
+from llmforge.checkpoint.sources.hf import CONFIG, HfSource, has_weights
+from llmforge.checkpoint.sources.meta import is_meta, meta_source
+
+
+def open_path(path: Path, scratch: Path, warn: Warn) -> Source:
+    """Open the model at `path`. Raises SourceError; `scratch` is as for `open_source`."""
+    if path.is_dir():
+        if is_meta(path):
+            # Some models come with Meta's files beside the same weights in the other layout.
+            if not ((path / CONFIG).is_file() and has_weights(path)):
+                return meta_source(path, warn)
+            warn(f"{path} holds the model in two layouts: that of Hugging Face is read")
+    return HfSource(path, warn)
