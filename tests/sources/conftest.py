@@ -14,6 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "parity"))
 
 from models import BY_NAME, Case
+from safetensors.torch import load_file
 
 from llmforge.checkpoint.convert import convert
 from llmforge.checkpoint.store import Checkpoint
@@ -32,11 +33,7 @@ def hf(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Any], dict[str, to
     ) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
         directory = tmp_path / "hf"
         model = (BY_NAME[case] if isinstance(case, str) else case).save(directory, dtype)
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        if model.config.tie_word_embeddings:
-            for name in model.all_tied_weights_keys:
-                state.pop(name, None)
-        return directory, model.config.to_dict(), state
+        return directory, model.config.to_dict(), load_file(directory / "model.safetensors")
 
     return make
 

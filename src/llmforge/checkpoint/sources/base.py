@@ -14,7 +14,6 @@ from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.mapping import Plan
 from llmforge.safetensors_io import Array, TensorInfo
 
-
 _COMPARE = 1 << 22
 
 

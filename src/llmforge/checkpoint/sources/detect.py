@@ -8,6 +8,7 @@ from llmforge.artifact import Warn
 from llmforge.checkpoint.sources.base import Source
 from llmforge.checkpoint.sources.hf import CONFIG, HfSource, has_weights
 from llmforge.checkpoint.sources.meta import is_meta, meta_source
+from llmforge.checkpoint.sources.trtllm import is_trtllm, trtllm_source
 
 
 def open_path(path: Path, scratch: Path, warn: Warn) -> Source:
@@ -18,4 +19,6 @@ def open_path(path: Path, scratch: Path, warn: Warn) -> Source:
             if not ((path / CONFIG).is_file() and has_weights(path)):
                 return meta_source(path, warn)
             warn(f"{path} holds the model in two layouts: that of Hugging Face is read")
+        if is_trtllm(path):
+            return trtllm_source(path, warn)
     return HfSource(path, warn)

@@ -1,4 +1,4 @@
-"""torch's files (.bin, .pt, .pth): what is in them is found without loading it, then read by offset.
+"""torch's files (.bin, .pt, .pth): what is in them is found without loading it, and read by offset.
 
 `torch.load(map_location="meta")` unpickles with `weights_only=True` and tells for each storage
 where its bytes lie in the file. Files in the format before torch 1.6 have no such offsets and are
