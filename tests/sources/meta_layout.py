@@ -61,7 +61,11 @@ def write_meta(
                 piece = tensor
             elif ("k_proj" in name or "v_proj" in name) and kv_heads < ranks:
                 piece = tensor.chunk(kv_heads)[rank * kv_heads // ranks]
-            elif "o_proj" in name or "down_proj" in name or ("embed_tokens" in name and embedding_by_columns):
+            elif (
+                "o_proj" in name
+                or "down_proj" in name
+                or ("embed_tokens" in name and embedding_by_columns)
+            ):
                 piece = tensor.chunk(ranks, 1)[rank]
             else:
                 piece = tensor.chunk(ranks)[rank]

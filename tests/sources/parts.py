@@ -145,7 +145,8 @@ def _first(config: dict[str, Any], *names: str) -> Any:
     return next((config[name] for name in names if config.get(name) is not None), None)
 
 
-def model_parts(config: dict[str, Any], state: State) -> Parts:
+def model_parts(config: dict[str, Any], state: State, *, norms_whole: bool = True) -> Parts:
+    """`norms_whole`: norms' weights that are stored less one have it added."""
     kind = config["model_type"]
     names = NAMES.get(kind, LLAMA)
     if kind == "falcon" and config["new_decoder_architecture"]:
@@ -181,7 +182,7 @@ def model_parts(config: dict[str, Any], state: State) -> Parts:
                     tensor = tensor.T
                 layer |= _taken_apart(ours, x, tensor, parts)
         parts.layers.append(layer)
-    if kind in STORED_LESS_ONE:
+    if norms_whole and kind in STORED_LESS_ONE:
         for tensors in (parts.outer, *parts.layers):
             for name in tensors:
                 if name.endswith("norm.weight"):

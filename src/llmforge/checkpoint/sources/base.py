@@ -21,8 +21,9 @@ class Source(Protocol):
     """A model to convert, opened: nothing but names, shapes and dtypes has been read yet.
 
     kind: what it was recognised as, for people. config: the model, its dtype being that of the
-    source's weights. description: for the manifest; the same for the same input. tensors: the source's own, by its names. plan: which of
-    them become which parameters. tokenizer_directory: where tokenizer files may lie.
+    source's weights. description: for the manifest; the same for the same input. tensors: the
+    source's own, by its names. plan: which of them become which parameters. tokenizer_directory:
+    where tokenizer files may lie.
     """
 
     @property

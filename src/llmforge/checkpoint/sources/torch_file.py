@@ -155,6 +155,15 @@ def _info(part: Slice, name: str, tensor: Any) -> TensorInfo:
     return TensorInfo(_TORCH_DTYPES[theirs], tuple(tensor.shape), 0, tensor.nbytes)
 
 
+def tensor_view(part: Slice, value: Any) -> tuple[TensorInfo, int]:
+    """Of a file that holds one contiguous tensor, loaded to "meta": what it is, and the offset of
+    its bytes. Raises SourceError."""
+    view = _view(value) if is_tensor(value) else None
+    if view is None or not view.contiguous:
+        raise SourceError(f"{part.label} is not a tensor stored as a whole")
+    return _info(part, "it", value), view.offset
+
+
 def _strided() -> Any:
     import torch
 
