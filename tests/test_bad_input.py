@@ -336,6 +336,16 @@ def odd_block_size(w: World) -> list[object]:
     return w.build("--block-size", 24)
 
 
+@case("option --arch; it is for cuda")
+def option_of_another_target(w: World) -> list[object]:
+    return w.build("--arch", "sm_89")
+
+
+@case("architecture 'sm_7'")
+def unknown_architecture(w: World) -> list[object]:
+    return w.build("--target", "cuda", "--arch", "sm_90,sm_7")
+
+
 @case("allowed")
 def unknown_target(w: World) -> list[object]:
     return w.build("--target", "abacus")

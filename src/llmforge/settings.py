@@ -41,14 +41,20 @@ def _option(
     minimum: float | None = None,
     maximum: float | None = None,
     metavar: str | None = None,
+    targets: tuple[str, ...] = (),
+    comma_list: bool = False,
 ) -> Any:
-    """A dataclass field with what the command line and the YAML check need to know of it."""
+    """A dataclass field with what the command line and the YAML check need to know of it.
+    targets: the only ones that read it; none: it is for all. comma_list: of a repeated field, one
+    text may hold several values."""
     metadata = {
         "help": help,
         "choices": choices,
         "minimum": minimum,
         "maximum": maximum,
         "metavar": metavar,
+        "targets": targets,
+        "comma_list": comma_list,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
@@ -82,6 +88,12 @@ class BuildSettings:
     )
     tensor_parallel: int = _option(1, "Ranks that share each layer.", minimum=1)
     pipeline_parallel: int = _option(1, "Stages that the layers are divided into.", minimum=1)
+    expert_parallel: int = _option(
+        1,
+        "Groups of tensor-parallel ranks that a mixture's experts are divided among; the ranks "
+        "of a group share each expert.",
+        minimum=1,
+    )
     max_batch_size: int = _option(8, "Most sequences in one step.", minimum=1)
     max_seq_len: int | None = _option(
         None,
@@ -100,8 +112,11 @@ class BuildSettings:
         "Tokens that the KV cache holds. Default: max_batch_size x max_seq_len, the most that "
         "can be needed; with fewer, requests wait or are preempted.",
         minimum=1,
+        targets=("cpu", "cuda"),
     )
-    block_size: int = _option(32, "Tokens of a KV-cache block.", minimum=1)
+    block_size: int | None = _option(
+        None, "Tokens of a KV-cache block. Default: 32.", minimum=1, targets=("cpu", "cuda")
+    )
     memory_limit_gb: float | None = _option(
         None,
         "Refuse to build where a rank would need more memory than this, in GB (10^9 bytes). "
@@ -109,6 +124,42 @@ class BuildSettings:
         minimum=0,
     )
     overwrite: bool = _option(False, "Replace an existing engine at the output path.")
+    arch: tuple[str, ...] = _option(
+        [],
+        "GPU architectures to compile for, like sm_89,sm_120; may be given several times. "
+        "Default: this machine's GPU; without one, those that the target knows.",
+        metavar="SM[,SM]",
+        targets=("cuda", "tensorrt-rtx"),
+        comma_list=True,
+    )
+    workspace_gb: float | None = _option(
+        None,
+        "Most memory that TensorRT may use for a layer's intermediate results, in GB. "
+        "Default: TensorRT's own limit.",
+        minimum=0.001,
+        targets=("tensorrt", "tensorrt-rtx"),
+    )
+    optimization_level: int | None = _option(
+        None,
+        "How long TensorRT searches for fast kernels. Default: 0 with TensorRT 8, where others "
+        "take very long, else 3.",
+        minimum=0,
+        maximum=5,
+        targets=("tensorrt", "tensorrt-rtx"),
+    )
+    primitives: bool = _option(
+        False,
+        "Make the network of plain layers, also where TensorRT has native ones for attention, "
+        "cache and rotary embedding.",
+        targets=("tensorrt", "tensorrt-rtx"),
+    )
+    timing_cache: str | None = _option(
+        None,
+        "File in which TensorRT keeps what it measured of kernels from build to build. "
+        "Default: one in ~/.cache/llmforge for each version and GPU.",
+        metavar="FILE",
+        targets=("tensorrt",),
+    )
 
 
 @dataclass(frozen=True)
@@ -261,6 +312,21 @@ def merge(section: type[T], *layers: Mapping[str, Any]) -> T:
     return section(**checked)
 
 
+def check_target_options(settings: BuildSettings, target: str) -> None:
+    """Raises SettingsError for an option that the target does not read."""
+    for known in fields(BuildSettings):
+        readers = known.metadata["targets"]
+        if readers and target not in readers and getattr(settings, known.name) != _default(known):
+            raise SettingsError(
+                f"the target {target} has no option --{known.name.replace('_', '-')}; it is for "
+                f"{', '.join(readers)}"
+            )
+
+
+def _default(known: Field[Any]) -> Any:
+    return known.default_factory() if callable(known.default_factory) else known.default
+
+
 def load_yaml(path: Path) -> ProjectSettings:
     """The settings in a YAML file. Raises SettingsError, with the file's name, for a file that
     cannot be read, is not YAML, gives a key twice, or has unknown keys or values that are not
@@ -363,6 +429,8 @@ def _check(section: type[Any], known: Field[Any], value: Any, where: str) -> Any
     if not kind.repeated:
         return _check_one(known, kind, value, where)
     values = value if isinstance(value, list | tuple) else [value]
+    if known.metadata["comma_list"]:
+        values = [part.strip() for text in values for part in str(text).split(",")]
     return tuple(_check_one(known, kind, one, where) for one in values)
 
 

@@ -14,6 +14,7 @@ from llmforge.settings import (
     BuildSettings,
     ConvertSettings,
     RunSettings,
+    check_target_options,
     load_yaml,
     merge,
 )
@@ -148,6 +149,28 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_options_are_checked_like_files() -> None:
     with pytest.raises(SettingsError, match=r"^--top-p must be a number from 0 to 1, not 2\.0$"):
         merge(RunSettings, {"top_p": 2.0})
+
+
+def test_lists_may_be_given_in_one_text(tmp_path: Path) -> None:
+    expected = ("sm_89", "sm_90", "sm_120")
+    given: list[str | tuple[str, ...] | list[str]]
+    given = ["sm_89, sm_90,sm_120", ("sm_89,sm_90", "sm_120"), list(expected)]
+    for value in given:
+        assert merge(BuildSettings, {"arch": value}).arch == expected
+    project = load_yaml(write(tmp_path, "build: {arch: 'sm_89,sm_90,sm_120'}"))
+    assert project.sections["build"]["arch"] == expected
+    assert merge(RunSettings, {"stop": ["a,b"]}).stop == ("a,b",), "a stop text keeps its commas"
+
+
+def test_an_option_is_for_the_targets_that_read_it() -> None:
+    check_target_options(BuildSettings(arch=("sm_90",)), "cuda")
+    check_target_options(BuildSettings(), "cpu")
+    check_target_options(BuildSettings(primitives=False, arch=()), "cpu")
+    for option in ({"arch": ("sm_90",)}, {"workspace_gb": 1.0}, {"primitives": True}):
+        with pytest.raises(SettingsError, match=r"^the target cpu has no option --[a-z-]+; it is"):
+            check_target_options(BuildSettings(**option), "cpu")
+    with pytest.raises(SettingsError, match=r"--block-size; it is for cpu, cuda$"):
+        check_target_options(BuildSettings(block_size=32), "tensorrt")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

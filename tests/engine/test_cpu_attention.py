@@ -1,5 +1,9 @@
 """The cpu target's attention against the op's plain meaning, over random paged layouts."""
 
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -11,26 +15,39 @@ from llmforge.engine.cpu.kernels import KERNELS, StepContext
 from llmforge.model.reference import REFERENCE
 
 HEAD_DIM = 8
-PLAIN = ("attention", None, False)
-# The op, its soft cap, and whether its heads have slopes.
+
+
+@dataclass(frozen=True)
+class Variant:
+    op: str
+    soft_cap: float | None = None
+    slopes: bool = False
+    sinks: bool = False
+
+
 VARIANTS = [
-    PLAIN,
-    ("scored_attention", 3.0, False),
-    ("scored_attention", None, True),
-    ("scored_attention", 2.0, True),
+    Variant("attention"),
+    Variant("scored_attention", soft_cap=3.0),
+    Variant("scored_attention", slopes=True),
+    Variant("scored_attention", sinks=True),
+    Variant("scored_attention", soft_cap=2.0, slopes=True, sinks=True),
 ]
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
-def attributes(
-    variant: tuple[str, float | None, bool], heads: int, window: int | None
-) -> dict[str, object]:
+def attributes(variant: Variant, heads: int, window: int | None) -> dict[str, object]:
     attrs = {"head_dim": HEAD_DIM, "scale": HEAD_DIM**-0.5, "window": window}
-    op, soft_cap, sloped = variant
-    if op == "attention":
+    if variant.op == "attention":
         return attrs
-    slopes = [2.0 ** -(head / 2 + 1) for head in range(heads)] if sloped else []
-    return {**attrs, "soft_cap": soft_cap, "slopes": slopes}
+    slopes = [2.0 ** -(head / 2 + 1) for head in range(heads)] if variant.slopes else []
+    return {**attrs, "soft_cap": variant.soft_cap, "slopes": slopes}
+
+
+def more_inputs(variant: Variant, heads: int, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """What scored_attention has besides the inputs of attention."""
+    if variant.op == "attention":
+        return []
+    return [torch.linspace(-2, 3, heads).to(dtype) if variant.sinks else None]
 
 
 def step_inputs(
@@ -110,13 +127,14 @@ def test_attention_is_the_ops_meaning(
     group: int,
     window: int | None,
     dtype: torch.dtype,
-    variant: tuple[str, float | None, bool],
+    variant: Variant,
 ) -> None:
-    op, attrs = variant[0], attributes(variant, kv_heads * group, window)
+    op, attrs = variant.op, attributes(variant, kv_heads * group, window)
     outputs = []
     for table in (REFERENCE, KERNELS):
         rng = np.random.default_rng(seed)
         inputs = step_inputs(rng, lengths, block_size, kv_heads * group, kv_heads, dtype)
+        inputs += more_inputs(variant, kv_heads * group, dtype)
         context = StepContext(LocalComm(), LocalComm(), {})
         outputs.append((table[op](inputs, attrs, context)[0], inputs[3], inputs[4]))
     (expected, *expected_caches), (got, *got_caches) = outputs
@@ -145,14 +163,15 @@ def test_a_query_attends_alike_to_the_bit_however_its_prompt_was_cut(
     data: st.DataObject,
     window: int | None,
     dtype: torch.dtype,
-    variant: tuple[str, float | None, bool],
+    variant: Variant,
 ) -> None:
     """Prefilled whole, in two chunks, or by a last step of one token: the same bits."""
     group, block_size = 7, 16
-    op, attrs = variant[0], attributes(variant, 2 * group, window)
+    op, attrs = variant.op, attributes(variant, 2 * group, window)
+    more = more_inputs(variant, 2 * group, dtype)
     rng = np.random.default_rng(seed)
     whole = step_inputs(rng, [(total, 0)], block_size, 2 * group, 2, dtype)
-    expected = KERNELS[op](whole, attrs, StepContext(LocalComm(), LocalComm(), {}))[0]
+    expected = KERNELS[op]([*whole, *more], attrs, StepContext(LocalComm(), LocalComm(), {}))[0]
     cut = data.draw(st.one_of(st.just(total - 1), st.integers(1, total - 1)))
     caches = [new_cache((whole[3].shape[0] - 1, *whole[3].shape[1:]), dtype) for _ in range(2)]
     parts = []
@@ -165,5 +184,51 @@ def test_a_query_attends_alike_to_the_bit_however_its_prompt_was_cut(
             whole[7],
         ]
         context = StepContext(LocalComm(), LocalComm(), {})
-        parts.append(KERNELS[op](step, attrs, context)[0])
+        parts.append(KERNELS[op]([*step, *more], attrs, context)[0])
     assert torch.equal(torch.cat(parts), expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    total=st.integers(2, 1100),
+    cut=st.floats(0, 1),
+    heads=st.sampled_from([1, 4, 7]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_latent_attention_is_its_meaning_however_a_prompt_was_cut(
+    seed: int, total: int, cut: float, heads: int, dtype: torch.dtype
+) -> None:
+    rank, dim, block_size = 24, 8, 16
+    rng = np.random.default_rng(seed)
+    rows = [
+        torch.from_numpy(rng.standard_normal((total, size))).to(dtype)
+        for size in (heads * rank, heads * dim, rank, dim)
+    ]
+    blocks = -(-total // block_size)
+    table = torch.from_numpy(rng.permutation(blocks + 1)[None, :blocks].astype(np.int32))
+    attrs = {"scale": (rank + dim) ** -0.5}
+    middle = min(max(int(cut * total), 1), total - 1)
+
+    def run(kernels: dict[str, Any], bounds: list[int]) -> torch.Tensor:
+        cache = new_cache((blocks + 1, block_size, 1, rank + dim), dtype)
+        cache[:-1] = torch.nan
+        parts = []
+        for start, stop in itertools.pairwise(bounds):
+            step = [
+                torch.tensor([0, stop - start], dtype=torch.int32),
+                torch.tensor([stop], dtype=torch.int32),
+                table,
+            ]
+            context = StepContext(LocalComm(), LocalComm(), {})
+            inputs = [*(x[start:stop] for x in rows), cache, *step]
+            parts += kernels["latent_attention"](inputs, attrs, context)
+        return torch.cat(parts)
+
+    got = run(KERNELS, [0, total])
+    assert torch.equal(run(KERNELS, [0, middle, total]), got)
+    assert torch.equal(run(KERNELS, [0, total - 1, total]), got)
+    expected = run(REFERENCE, [0, total]).float()
+    roundings = 3 + 1100**0.5 * UNIT_ROUNDOFF[torch.float32] / UNIT_ROUNDOFF[dtype]
+    tolerance = roundings * UNIT_ROUNDOFF[dtype] * expected.abs().max().clamp(min=1)
+    assert (got.float() - expected).abs().max() <= tolerance

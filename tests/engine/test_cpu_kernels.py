@@ -39,7 +39,7 @@ def test_kernels_that_differ_from_the_reference(rows: int, dtype: torch.dtype) -
         ],
     }
     own = {op for op in KERNELS if KERNELS[op] is not REFERENCE[op]}
-    attentions = {"attention", "scored_attention"}
+    attentions = {"attention", "scored_attention", "latent_attention"}
     assert own == {*cases, *attentions}, "a kernel of its own is compared here"
     assert KERNELS["attention"] is attention, "compared in test_cpu_attention.py"
     for op, calls in cases.items():

@@ -39,3 +39,12 @@ def test_a_sequence_is_not_longer_than_the_table_of_positions() -> None:
     warnings: list[str] = []
     assert resolve_limits(alibi, beyond, warnings.append).max_seq_len == 129
     assert "may degrade" in warnings[0]
+
+
+def test_a_linear_cache_has_a_slot_for_each_sequence() -> None:
+    settings = BuildSettings(max_batch_size=3, max_seq_len=50)
+    limits = resolve_limits(CONFIG, settings, no_warning, linear_cache=True)
+    assert (limits.block_size, limits.num_blocks, limits.max_blocks_per_seq) == (64, 3, 1)
+    assert limits.max_seq_len == 50
+    blocked = resolve_limits(CONFIG, settings, no_warning)
+    assert (blocked.block_size, blocked.num_blocks) == (32, 6)

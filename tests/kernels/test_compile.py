@@ -82,3 +82,22 @@ def test_the_log_travels_in_the_error():
     with pytest.raises(CompileError, match="elementwise does not compile for sm_90") as caught:
         compile_kernel(broken, "sm_90")
     assert "DTYPE_BFLOAT16" in caught.value.log
+
+
+def test_an_engine_has_the_kernels_of_the_architectures_asked_for(tmp_path):
+    from cuda_models import LIMITS, MODELS, RandomWeights
+
+    from llmforge.engine.cuda.target import CudaTarget
+    from llmforge.errors import BuildError
+    from llmforge.model.decoder import trace
+    from llmforge.parallel import Topology
+    from llmforge.settings import BuildSettings
+
+    config = MODELS["llama"]
+    target = CudaTarget(cache=tmp_path / "cache").configured(BuildSettings(arch=("sm_89",)))
+    graph = target.prepare(trace(config, Topology(), 0))
+    target.compile(graph, RandomWeights(config, 0), LIMITS, tmp_path)
+    suffixes = {path.name.split(".", 1)[1] for path in (tmp_path / "kernels").iterdir()}
+    assert suffixes == {"sm_89.cubin", "ptx"}
+    with pytest.raises(BuildError, match="does not know the architecture 'sm_5'; allowed: sm_"):
+        CudaTarget().configured(BuildSettings(arch=("sm_5",)))

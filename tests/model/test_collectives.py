@@ -34,7 +34,7 @@ def test_all_reduce_is_the_sum_in_rank_order(
         expected = expected + other.to(wide)
 
     def work(comm: Comm) -> torch.Tensor:
-        return REFERENCE["all_reduce"]([parts[comm.rank]], {}, context(comm))[0]
+        return REFERENCE["all_reduce"]([parts[comm.rank]], {"ranks": ranks}, context(comm))[0]
 
     for result in run_ranks(ranks, work):
         assert torch.equal(result, expected.to(dtype)), "the same bits on every rank"
@@ -44,7 +44,8 @@ def test_all_gather_joins_features_and_drops_the_padding() -> None:
     parts = [part(rank, (4, 3), torch.bfloat16) for rank in range(3)]
 
     def work(comm: Comm) -> torch.Tensor:
-        return REFERENCE["all_gather"]([parts[comm.rank]], {"size": 7}, context(comm))[0]
+        attrs = {"size": 7, "ranks": 3}
+        return REFERENCE["all_gather"]([parts[comm.rank]], attrs, context(comm))[0]
 
     for result in run_ranks(3, work):
         assert torch.equal(result, torch.cat(parts, dim=-1)[:, :7])

@@ -64,8 +64,11 @@ def _attributes(section: type[Any], known: dataclasses.Field[Any]) -> dict[str, 
 
 
 def _help(known: dataclasses.Field[Any]) -> str:
-    """The field's help and its default, unless the help tells how one is decided."""
+    """The field's help, the targets that read it where not all do, and its default, unless the
+    help tells how one is decided."""
     text: str = known.metadata["help"]
+    if targets := known.metadata["targets"]:
+        text = f"[{', '.join(targets)}] {text}"
     default = known.default
     if default is dataclasses.MISSING:
         assert known.default_factory is not dataclasses.MISSING

@@ -21,10 +21,14 @@ from llmforge.errors import BuildError, MemoryLimitError, SettingsError
 from llmforge.model.decoder import trace
 from llmforge.model.graph import Graph, Parameter
 from llmforge.parallel import Topology
-from llmforge.settings import BuildSettings
+from llmforge.settings import BuildSettings, check_target_options
 
 DEFAULT_TARGET = "cpu"
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+DEFAULT_BLOCK_SIZE = 32
+# A slot of a linear cache holds a multiple of this many tokens, so that each starts at an address
+# as aligned as accelerators want it.
+SLOT_GRANULE = 16
 
 
 def build(
@@ -41,12 +45,17 @@ def build(
     Everything that cannot work is refused before the first byte is written: BuildError (layout
     or limits), MemoryLimitError, TargetError, StoreError (checkpoint), OutputError.
     """
-    target = find_target(settings.target or DEFAULT_TARGET)
+    name = settings.target or DEFAULT_TARGET
+    found = find_target(name)
+    check_target_options(settings, name)
+    target = found.configured(settings)
     checkpoint = Checkpoint.open(checkpoint_directory)
     config = checkpoint.config
-    topology = Topology(settings.tensor_parallel, settings.pipeline_parallel)
+    topology = Topology(
+        settings.tensor_parallel, settings.pipeline_parallel, settings.expert_parallel
+    )
     check_topology(config, topology)
-    limits = resolve_limits(config, settings, warn)
+    limits = resolve_limits(config, settings, warn, linear_cache=target.linear_cache)
     ranks = range(topology.world_size)
     graphs = [target.prepare(trace(config, topology, rank)) for rank in ranks]
     plans = [target.memory(graph, limits) for graph in graphs]
@@ -109,22 +118,51 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
             f"pipeline_parallel {stages} is more than the model's {layers} layers; "
             f"use at most {layers}"
         )
-    specs = parameters(config).values()
+    ranks, groups = topology.tensor_parallel, topology.expert_parallel
+    shards = {spec.shard for spec in parameters(config).values()}
 
-    def divides(ranks: int) -> bool:
-        return all(s.divides(ranks) for spec in specs for s in spec.shard.segments)
+    def divides(ranks: int, groups: int) -> bool:
+        # A query head on several ranks would be summed several times.
+        whole = ranks <= config.num_heads and ranks % groups == 0
+        return whole and all(shard.divides(ranks, groups) for shard in shards)
 
-    if not divides(topology.tensor_parallel):
-        allowed = [str(n) for n in range(1, config.num_heads + 1) if divides(n)]
+    _check_expert_parallel(config, topology)
+    if not divides(ranks, groups):
+        allowed = [str(n) for n in range(1, config.num_heads + 1) if divides(n, groups)]
+        sizes = f"intermediate size {config.intermediate_size}"
+        if moe := config.moe:
+            sizes += f", {moe.num_experts} experts of size {moe.expert_size}"
+        among = f" with expert_parallel {groups}" if groups > 1 else ""
         raise BuildError(
-            f"tensor_parallel {topology.tensor_parallel} does not divide this model "
-            f"({config.num_heads} attention heads, {config.num_kv_heads} kv heads, intermediate "
-            f"size {config.intermediate_size}); allowed: {', '.join(allowed)}"
+            f"tensor_parallel {ranks}{among} does not divide this model "
+            f"({config.num_heads} attention heads, {config.num_kv_heads} kv heads, {sizes}); "
+            f"allowed: {', '.join(allowed) or 'none'}"
         )
 
 
-def resolve_limits(config: ModelConfig, settings: BuildSettings, warn: Warn) -> Limits:
-    """The engine's limits, with what was left open decided. Raises SettingsError."""
+def _check_expert_parallel(config: ModelConfig, topology: Topology) -> None:
+    ranks, groups = topology.tensor_parallel, topology.expert_parallel
+    if groups == 1:
+        return
+    if config.moe is None:
+        raise BuildError(
+            f"expert_parallel {groups} is for mixtures of experts, and this model has no experts; "
+            "leave it out"
+        )
+    experts = config.moe.num_experts
+    if ranks % groups or experts % groups:
+        allowed = [str(n) for n in range(1, ranks + 1) if ranks % n == 0 == experts % n]
+        raise BuildError(
+            f"expert_parallel {groups} must divide tensor_parallel ({ranks}) and the model's "
+            f"{experts} experts; allowed: {', '.join(allowed)}"
+        )
+
+
+def resolve_limits(
+    config: ModelConfig, settings: BuildSettings, warn: Warn, *, linear_cache: bool = False
+) -> Limits:
+    """The engine's limits, with what was left open decided. Raises SettingsError.
+    linear_cache: as of the target."""
     max_seq_len = settings.max_seq_len or min(config.max_position, 4096)
     if max_seq_len > config.max_position:
         warn(
@@ -143,22 +181,29 @@ def resolve_limits(config: ModelConfig, settings: BuildSettings, warn: Warn) -> 
             f"max_num_tokens {max_num_tokens} is less than max_batch_size {batch}, so a step could "
             "not hold one token of each sequence; raise it or lower max_batch_size"
         )
-    if settings.block_size not in BLOCK_SIZES:
+    if linear_cache:
+        capacity = -(-max_seq_len // SLOT_GRANULE) * SLOT_GRANULE
+        return Limits(batch, max_seq_len, max_num_tokens, capacity, num_blocks=batch)
+    block_size = settings.block_size or DEFAULT_BLOCK_SIZE
+    num_blocks = _num_blocks(settings, block_size, batch, max_seq_len)
+    return Limits(batch, max_seq_len, max_num_tokens, block_size, num_blocks)
+
+
+def _num_blocks(settings: BuildSettings, block_size: int, batch: int, max_seq_len: int) -> int:
+    if block_size not in BLOCK_SIZES:
         raise SettingsError(
-            f"block_size {settings.block_size} is not allowed; "
-            f"allowed: {', '.join(map(str, BLOCK_SIZES))}"
+            f"block_size {block_size} is not allowed; allowed: {', '.join(map(str, BLOCK_SIZES))}"
         )
-    blocks_per_seq = -(-max_seq_len // settings.block_size)
+    blocks_per_seq = -(-max_seq_len // block_size)
     if settings.kv_cache_tokens is None:
-        num_blocks = batch * blocks_per_seq
-    else:
-        num_blocks = -(-settings.kv_cache_tokens // settings.block_size)
-        if num_blocks < blocks_per_seq:
-            raise SettingsError(
-                f"kv_cache_tokens {settings.kv_cache_tokens} cannot hold one sequence of "
-                f"max_seq_len {max_seq_len}; give at least {blocks_per_seq * settings.block_size}"
-            )
-    return Limits(batch, max_seq_len, max_num_tokens, settings.block_size, num_blocks)
+        return batch * blocks_per_seq
+    num_blocks = -(-settings.kv_cache_tokens // block_size)
+    if num_blocks < blocks_per_seq:
+        raise SettingsError(
+            f"kv_cache_tokens {settings.kv_cache_tokens} cannot hold one sequence of "
+            f"max_seq_len {max_seq_len}; give at least {blocks_per_seq * block_size}"
+        )
+    return num_blocks
 
 
 def _check_memory(plans: Sequence[MemoryPlan], limit_gb: float | None) -> None:

@@ -13,6 +13,7 @@ from llmforge.engine.step import Limits, StepBatch, StepResult
 from llmforge.errors import SettingsError, TargetError
 from llmforge.model.graph import Graph, Parameter
 from llmforge.parallel import Topology
+from llmforge.settings import BuildSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +53,17 @@ class Target(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def linear_cache(self) -> bool:
+        """Whether a sequence's keys and values lie in one piece, a slot of the cache, instead of
+        in blocks: then a block is as long as a sequence and there is one for each sequence."""
+        ...
+
+    def configured(self, settings: BuildSettings) -> Target:
+        """This target with those build options that it alone reads. Raises SettingsError for
+        values that it cannot use."""
+        ...
 
     def available(self) -> str | None:
         """None where this machine can build for and run the target, else the reason in a line

@@ -24,7 +24,9 @@ STEP_INPUTS: tuple[tuple[str, Shape], ...] = (
 class GraphBuilder:
     """Collects the nodes of one rank's graph. The step's inputs are attributes of `inputs`."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensor_parallel: int = 1) -> None:
+        """tensor_parallel: the ranks that collectives join."""
+        self.tensor_parallel = tensor_parallel
         self.inputs = {name: Tensor(name, shape, "int32") for name, shape in STEP_INPUTS}
         self._states: list[Tensor] = []
         self._parameters: dict[str, Parameter] = {}
@@ -47,6 +49,13 @@ class GraphBuilder:
         self._states.extend(caches)
         self._tensors.update({t.name: t for t in caches})
         return caches
+
+    def latent_cache(self, layer: int, size: int, dtype: str) -> Tensor:
+        """The cache of a layer's latents, which all heads share."""
+        cache = Tensor(f"layers.{layer}.latent_cache", ("blocks", "block_size", 1, size), dtype)
+        self._states.append(cache)
+        self._tensors[cache.name] = cache
+        return cache
 
     # -- ops (their meaning: ops.py) -------------------------------------------------------------
 
@@ -126,17 +135,93 @@ class GraphBuilder:
         window: int | None = None,
         soft_cap: float | None = None,
         slopes: Sequence[float] = (),
+        sinks: Tensor | None = None,
     ) -> Tensor:
         return self._one(
             "scored_attention",
             *(q, k, v, *caches),
             *(self.inputs[n] for n in ("query_starts", "kv_lens", "block_table")),
+            sinks,
             head_dim=head_dim,
             scale=scale,
             window=window,
             soft_cap=soft_cap,
             slopes=list(slopes),
         )
+
+    def latent_attention(
+        self,
+        q: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        cache: Tensor,
+        *,
+        scale: float,
+    ) -> Tensor:
+        step = (self.inputs[n] for n in ("query_starts", "kv_lens", "block_table"))
+        return self._one("latent_attention", q, q_rope, latent, k_rope, cache, *step, scale=scale)
+
+    def head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._one("head_linear", x, weight)
+
+    def clamp(self, x: Tensor, *, limit: float) -> Tensor:
+        return self._one("clamp", x, limit=limit)
+
+    def route(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        correction: Tensor | None = None,
+        *,
+        top_k: int,
+        score: str = "softmax",
+        groups: int = 1,
+        kept_groups: int = 1,
+        group_top: int = 1,
+        normalize: bool = False,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, ...]:
+        """The ids and the weights of each token's experts."""
+        return self._node(
+            "route",
+            *(x, weight, bias, correction),
+            top_k=top_k,
+            score=score,
+            groups=groups,
+            kept_groups=kept_groups,
+            group_top=group_top,
+            normalize=normalize,
+            scale=scale,
+        )
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        *,
+        first: int = 0,
+        activation: str = "silu",
+        alpha: float = 1.0,
+        limit: float | None = None,
+    ) -> Tensor:
+        return self._one(
+            "experts",
+            *(x, ids, weights, gate_up, down, gate_up_bias, down_bias),
+            first=first,
+            activation=activation,
+            alpha=alpha,
+            limit=limit,
+        )
+
+    def token_gate(self, x: Tensor, by: Tensor, weight: Tensor) -> Tensor:
+        return self._one("token_gate", x, by, weight)
 
     def activation(self, x: Tensor, *, activation: str) -> Tensor:
         return self._one("activation", x, activation=activation)
@@ -148,10 +233,10 @@ class GraphBuilder:
         return self._one("select_rows", x, rows)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return self._one("all_reduce", x)
+        return self._one("all_reduce", x, ranks=self.tensor_parallel)
 
     def all_gather(self, x: Tensor, *, size: int) -> Tensor:
-        return self._one("all_gather", x, size=size)
+        return self._one("all_gather", x, size=size, ranks=self.tensor_parallel)
 
     def send(self, x: Tensor, *, to: int) -> None:
         self._node("send", x, to=to)

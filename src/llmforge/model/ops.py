@@ -197,19 +197,63 @@ def _attention(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Sig
 
 @_op(
     "scored_attention",
-    "q k v key_cache value_cache query_starts kv_lens block_table",
+    "q k v key_cache value_cache query_starts kv_lens block_table sinks?",
     "head_dim scale window soft_cap slopes",
 )
 def _scored_attention(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
     """attention whose scaled scores are changed before the softmax: capped as by soft_cap (None:
     not), then lowered by the query head's entry of `slopes` (empty: not) for every position that
-    the key is behind the query (ALiBi, https://arxiv.org/abs/2108.12409). An op of its own, so
-    that a target without it says so."""
+    the key is behind the query (ALiBi, https://arxiv.org/abs/2108.12409). `sinks` [heads] are
+    scores of one more key, of value zero, that every query of a head sees: they take part in the
+    softmax's sum alone (https://arxiv.org/abs/2309.17453). An op of its own, so that a target
+    without it says so."""
     q, cache = _given(inputs[0]), _given(inputs[3])
     heads = q.shape[-1] // cache.shape[3]  # type: ignore[operator]
     if attrs["slopes"]:
         _equal("scored_attention: slopes and heads", len(attrs["slopes"]), heads)
+    if inputs[8] is not None:
+        _equal("scored_attention: sinks and heads", inputs[8].shape, (heads,))
     return _attention(inputs, attrs)
+
+
+@_op(
+    "latent_attention",
+    "q q_rope latent k_rope latent_cache query_starts kv_lens block_table",
+    "scale",
+)
+def _latent_attention(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """Attention over a cache that all heads share (https://arxiv.org/abs/2405.04434, section 2.1,
+    the key's and value's up-projections absorbed into what is before and behind).
+
+    Writes [latent | k_rope] of each token, rank + dim elements, into the cache
+    [blocks, block_size, 1, rank + dim]. Each head's query is [its part of q | its part of q_rope];
+    its key at a position is what is cached there, its value the first `rank` elements of that.
+    q and the result are [tokens, heads x rank], q_rope is [tokens, heads x dim]."""
+    q, q_rope, latent, k_rope, cache = (_given(t) for t in inputs[:5])
+    rank, dim = latent.shape[-1], k_rope.shape[-1]
+    assert isinstance(rank, int) and isinstance(dim, int)
+    _equal("latent_attention: cache", cache.shape[2:], (1, rank + dim))
+    heads = q.shape[-1] // rank  # type: ignore[operator]
+    _equal("latent_attention: features of q", q.shape[-1], heads * rank)
+    _equal("latent_attention: features of q_rope", q_rope.shape[-1], heads * dim)
+    return ((q.shape, q.dtype),)
+
+
+@_op("head_linear", "x weight")
+def _head_linear(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """A linear of its own for each head: x [tokens, heads x in] and weight [heads, out, in] give
+    [tokens, heads x out]."""
+    x, weight = map(_given, inputs)
+    heads, out_features, in_features = (int(size) for size in weight.shape)
+    _equal("head_linear: features", x.shape[-1], heads * in_features)
+    return ((_last(x, heads * out_features), x.dtype),)
+
+
+@_op("clamp", "x", "limit")
+def _clamp(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """x, what is beyond -limit or limit being set to it."""
+    x = _given(inputs[0])
+    return ((x.shape, x.dtype),)
 
 
 @_op("activation", "x", "activation")
@@ -227,6 +271,69 @@ def _gated_activation(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any])
     return ((gate.shape, gate.dtype),)
 
 
+@_op(
+    "route",
+    "x weight bias? correction?",
+    "top_k score groups kept_groups group_top normalize scale",
+)
+def _route(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """The experts of each token: their ids [tokens, top_k] int32, best first, and their weights
+    [tokens, top_k] float32. Everything is computed in float32.
+
+    The scores are softmax(x weightᵀ + bias) over all experts, or the sigmoid (`score`). The
+    choice is by scores + correction [experts] float32; of equal ones the lower id is better. With
+    `groups` > 1 of neighbouring experts, only those of the `kept_groups` best groups can be
+    chosen: the value of a group is the sum of its `group_top` best. A chosen expert's weight is
+    its score (without the correction), divided, with `normalize`, by the sum of the chosen ones'
+    plus 1e-20, times `scale`. (So a softmax over the chosen experts alone is `normalize`.)"""
+    x, weight = _given(inputs[0]), _given(inputs[1])
+    _equal("route: in_features", x.shape[-1], weight.shape[1])
+    experts, groups, top_k = int(weight.shape[0]), attrs["groups"], attrs["top_k"]
+    for extra in inputs[2:]:
+        if extra is not None:
+            _equal("route: experts", extra.shape, (experts,))
+    if attrs["score"] not in ("softmax", "sigmoid"):
+        raise ValueError(f"route: score {attrs['score']!r} is not softmax or sigmoid")
+    if experts % groups or not 0 < top_k <= experts // groups * attrs["kept_groups"] <= experts:
+        raise ValueError(f"route: {top_k} of {experts} experts in {groups} groups")
+    return ((_last(x, top_k), "int32"), (_last(x, top_k), "float32"))
+
+
+@_op(
+    "experts",
+    "x ids weights gate_up down gate_up_bias? down_bias?",
+    "first activation alpha limit",
+)
+def _experts(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """For each token the sum, over its experts that are held here, of the expert's weight times
+    its gated MLP of x. Held are experts `first` up to `first` + E, in gate_up [E, 2 I, hidden]
+    (rows of gate, then of up) and down [E, hidden, I]; the biases are [E, 2 I] and [E, hidden].
+    Other experts are another rank's and add nothing.
+
+    `limit` None: activation(gate) up. Otherwise, with gate at most `limit` and up within ±`limit`:
+    gate sigmoid(alpha gate) (up + 1). Products round to x's dtype as `linear` does, the weighted
+    sum is in float32 and rounds once."""
+    x, ids, weights, gate_up, down = (_given(t) for t in inputs[:5])
+    count, rows, hidden = (int(size) for size in gate_up.shape)
+    _equal("experts: ids and weights", ids.shape, weights.shape)
+    _equal("experts: in_features", x.shape[-1], hidden)
+    _equal("experts: gate, up and down", (count, rows), (count, 2 * int(down.shape[2])))
+    _equal("experts: down", down.shape[:2], (count, hidden))
+    for bias, size in zip(inputs[5:], (rows, hidden), strict=True):
+        if bias is not None:
+            _equal("experts: bias", bias.shape, (count, size))
+    return ((x.shape, x.dtype),)
+
+
+@_op("token_gate", "x by weight")
+def _token_gate(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
+    """x sigmoid(by · weight): one factor a token, computed in float32. `by` [tokens, hidden] and
+    weight [1, hidden]."""
+    x, by, weight = map(_given, inputs)
+    _equal("token_gate: weight", weight.shape, (1, by.shape[-1]))
+    return ((x.shape, x.dtype),)
+
+
 @_op("select_rows", "x rows")
 def _select_rows(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
     """x[rows]."""
@@ -234,17 +341,17 @@ def _select_rows(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> S
     return (((*rows.shape, *x.shape[1:]), x.dtype),)
 
 
-@_op("all_reduce", "x")
+@_op("all_reduce", "x", "ranks")
 def _all_reduce(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
-    """The sum of x over the tensor-parallel ranks, in rank order."""
+    """The sum of x over the `ranks` tensor-parallel ranks, in rank order."""
     x = _given(inputs[0])
     return ((x.shape, x.dtype),)
 
 
-@_op("all_gather", "x", "size")
+@_op("all_gather", "x", "size ranks")
 def _all_gather(inputs: Sequence[Tensor | None], attrs: Mapping[str, Any]) -> Signature:
-    """The x of the tensor-parallel ranks side by side in the last dimension; its first `size`
-    elements (what is beyond is padding)."""
+    """The x of the `ranks` tensor-parallel ranks side by side in the last dimension; its first
+    `size` elements (what is beyond is padding)."""
     x = _given(inputs[0])
     return ((_last(x, attrs["size"]), x.dtype),)
 

@@ -153,41 +153,54 @@ def rope(x: Tensor, table: Tensor, *, head_dim: int) -> Tensor:
     return torch.cat(rotated, dim=-1).flatten(-2).to(x.dtype)
 
 
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
 def _attend(
-    inputs: Sequence[Tensor],
-    head_dim: int,
+    q: Tensor,
+    new: Sequence[Tensor],
+    caches: Sequence[Tensor],
+    step: Sequence[Tensor],
     window: int | None,
-    score: Callable[[Tensor, Tensor], Tensor],
+    score: Score,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention with the scores ``score(products, behind)``: of the products of queries and keys
-    [heads, queries, keys], and how many positions each key is behind each query."""
-    q, k, v, key_cache, value_cache, query_starts, kv_lens, block_table = inputs
-    q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
-    block_size = key_cache.shape[1]
-    group = q.shape[1] // k.shape[1]
-    out = torch.empty_like(q)
-    bounds = query_starts.tolist()
-    for sequence, (start, stop) in enumerate(itertools.pairwise(bounds)):
+    """Attention of q [tokens, heads, size] with the scores ``score(products, behind)``: of the
+    products of queries and keys [heads, queries, keys], and how many positions each key is behind
+    each query. `new` [tokens, kv heads, size] are written into `caches`; keys are read from the
+    first of them, values from the last."""
+    query_starts, kv_lens, block_table = step
+    block_size = caches[0].shape[1]
+    group = q.shape[1] // new[0].shape[1]
+    outputs = []
+    for sequence, (start, stop) in enumerate(itertools.pairwise(query_starts.tolist())):
         kv_len = int(kv_lens[sequence])
         slots = torch.arange(kv_len, device=q.device)
         blocks = block_table[sequence].long()[slots // block_size]
         offsets = slots % block_size
         first_new = kv_len - (stop - start)
-        key_cache[blocks[first_new:], offsets[first_new:]] = k[start:stop]
-        value_cache[blocks[first_new:], offsets[first_new:]] = v[start:stop]
-        keys = key_cache[blocks, offsets].float().repeat_interleave(group, dim=1)
-        values = value_cache[blocks, offsets].float().repeat_interleave(group, dim=1)
+        for cache, values in zip(caches, new, strict=True):
+            cache[blocks[first_new:], offsets[first_new:]] = values[start:stop]
+        keys, values = (
+            cache[blocks, offsets].float().repeat_interleave(group, dim=1)
+            for cache in (caches[0], caches[-1])
+        )
         behind = slots[first_new:, None] - slots[None, :]
         scores = score(torch.einsum("qhd,khd->hqk", q[start:stop].float(), keys), behind)
         visible = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        out[start:stop] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
-    return out.flatten(-2)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks is not None:  # one more key, whose value is zero
+            extra = sinks.float()[:, None, None].expand(-1, stop - start, 1)
+            scores, values = torch.cat((scores, extra), -1), F.pad(values, (0, 0, 0, 0, 0, 1))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(q.dtype))
+    return torch.cat(outputs)
 
 
 @_meaning("attention")
 def attention(*inputs: Tensor, head_dim: int, scale: float, window: int | None) -> Tensor:
-    return _attend(inputs, head_dim, window, lambda products, _: products * scale)
+    q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in inputs[:3])
+    caches, step = inputs[3:5], inputs[5:]
+    return _attend(q, (k, v), caches, step, window, lambda p, _: p * scale).flatten(-2)
 
 
 @_meaning("scored_attention")
@@ -207,7 +220,38 @@ def scored_attention(
             scores = scores - torch.tensor(slopes, device=scores.device)[:, None, None] * behind
         return scores
 
-    return _attend(inputs, head_dim, window, score)
+    q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in inputs[:3])
+    caches, step, sinks = inputs[3:5], inputs[5:8], inputs[8]
+    return _attend(q, (k, v), caches, step, window, score, sinks).flatten(-2)
+
+
+@_meaning("latent_attention")
+def latent_attention(
+    q: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    cache: Tensor,
+    *step: Tensor,
+    scale: float,
+) -> Tensor:
+    rank, dim = latent.shape[-1], k_rope.shape[-1]
+    queries = torch.cat((q.unflatten(-1, (-1, rank)), q_rope.unflatten(-1, (-1, dim))), -1)
+    keys = torch.cat((latent, k_rope), -1)[:, None]
+    out = _attend(queries, (keys,), (cache,), step, None, lambda p, _: p * scale)
+    return out[..., :rank].flatten(-2)
+
+
+@_meaning("head_linear")
+def head_linear(x: Tensor, weight: Tensor) -> Tensor:
+    heads, _, in_features = weight.shape
+    rows = x.unflatten(-1, (heads, in_features)).transpose(0, 1)
+    return torch.bmm(rows, weight.transpose(1, 2)).transpose(0, 1).flatten(-2)
+
+
+@_meaning("clamp")
+def clamp(x: Tensor, *, limit: float) -> Tensor:
+    return x.clamp(-limit, limit)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -237,6 +281,85 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
+@_meaning("route")
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, **attrs: Any
+) -> tuple[Tensor, Tensor]:
+    logits = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return choose_experts(logits, correction, **attrs)
+
+
+def choose_experts(
+    logits: Tensor,
+    correction: Tensor | None,
+    *,
+    top_k: int,
+    score: str,
+    groups: int,
+    kept_groups: int,
+    group_top: int,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`route` from its logits [tokens, experts] float32 on."""
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    choice = scores if correction is None else scores + correction
+    if groups > 1:
+        grouped = choice.unflatten(-1, (groups, -1))
+        values = grouped.sort(-1, descending=True).values[..., :group_top].sum(-1)
+        kept = values.sort(dim=-1, descending=True, stable=True).indices[:, :kept_groups]
+        dropped = torch.ones_like(values, dtype=torch.bool).scatter(1, kept, False)
+        choice = grouped.masked_fill(dropped[..., None], -torch.inf).flatten(-2)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = scores.gather(1, ids)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids.int(), weights * scale
+
+
+@_meaning("experts")
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *,
+    first: int,
+    activation: str,
+    alpha: float,
+    limit: float | None,
+) -> Tensor:
+    total = torch.zeros(x.shape, device=x.device)
+    for choice in range(ids.shape[1]):
+        for expert in range(len(gate_up)):
+            rows = (ids[:, choice] == first + expert).nonzero().flatten()
+            biases = (b if b is None else b[expert] for b in (gate_up_bias, down_bias))
+            up_bias, out_bias = biases
+            both = F.linear(x[rows], gate_up[expert], up_bias)
+            activated = expert_activation(both, activation, alpha, limit)
+            out = F.linear(activated, down[expert], out_bias)
+            total[rows] += weights[rows, choice, None] * out.float()
+    return total.to(x.dtype)
+
+
+def expert_activation(both: Tensor, activation: str, alpha: float, limit: float | None) -> Tensor:
+    """What the rows of gate and up [rows, 2 I] of an expert become."""
+    gate, up = both.chunk(2, dim=-1)
+    if limit is None:
+        return ACTIVATIONS[activation](gate) * up
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+@_meaning("token_gate")
+def token_gate(x: Tensor, by: Tensor, weight: Tensor) -> Tensor:
+    factor = F.linear(by.float(), weight.float()).sigmoid()
+    return (x.float() * factor).to(x.dtype)
+
+
 @_meaning("select_rows")
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows.long()]
@@ -254,10 +377,11 @@ _ONE_EXCHANGE_BYTES = 1 << 16
 
 
 @_meaning("all_reduce", collective=True)
-def all_reduce(context: Context, x: Tensor) -> Tensor:
+def all_reduce(context: Context, x: Tensor, *, ranks: int) -> Tensor:
     """Summed in rank order, one precision up, rounded once: a float32 sum over any number of
     ranks is then as exact as float32 can hold."""
     comm = context.tensor_group
+    assert comm.size == ranks, "the group is not the graph's"
     if comm.size <= 2 or x.nbytes <= _ONE_EXCHANGE_BYTES:
         parts = torch.empty((comm.size, *x.shape), dtype=x.dtype)
         comm.all_gather(_bytes(x), parts.view(torch.uint8).numpy())
@@ -282,8 +406,9 @@ def _rank_order_sum(parts: Tensor) -> Tensor:
 
 
 @_meaning("all_gather", collective=True)
-def all_gather(context: Context, x: Tensor, *, size: int) -> Tensor:
+def all_gather(context: Context, x: Tensor, *, size: int, ranks: int) -> Tensor:
     comm = context.tensor_group
+    assert comm.size == ranks, "the group is not the graph's"
     parts = torch.empty((comm.size, *x.shape), dtype=x.dtype)
     comm.all_gather(_bytes(x), parts.view(torch.uint8).numpy())
     return torch.cat(tuple(parts), dim=-1)[..., :size]

@@ -47,14 +47,17 @@ def attention_workspace(graph: Graph, limits: Limits) -> int:
     keys = _whole_runs(limits.max_seq_len)
     gathered, masks = 0, {}
     for node in graph.nodes:
-        if node.op in ("attention", "scored_attention"):
-            q, cache = graph.tensors[node.inputs[0]], graph.tensors[node.inputs[3]]
-            kv_heads, head_dim = int(cache.shape[2]), int(cache.shape[3])
+        latent = node.op == "latent_attention"
+        if latent or node.op in ("attention", "scored_attention"):
+            q, k, cache = (graph.tensors[node.inputs[i]] for i in (0, 2, 4))
+            kv_heads, size = int(cache.shape[2]), int(cache.shape[3])
             itemsize = DTYPE_BYTES[q.dtype]
-            group = int(q.shape[-1]) // (kv_heads * head_dim)
-            size = 2 * limits.max_batch_size * keys * kv_heads * head_dim * itemsize
-            gathered = max(gathered, size)
-            masks[node.attrs["window"]] = limits.max_num_tokens * group * keys * itemsize
+            group = int(q.shape[-1]) // int(k.shape[-1])
+            caches = 1 if latent else 2
+            one = caches * limits.max_batch_size * keys * kv_heads * size * itemsize
+            gathered = max(gathered, one)
+            window = node.attrs.get("window")
+            masks[window] = limits.max_num_tokens * group * keys * itemsize
     return gathered + sum(masks.values())
 
 
@@ -200,27 +203,51 @@ def run_attention(
     """Plans, stores k and v, and runs the step's queries: ``attend(q, keys, values, queries)``
     takes q as [groups, queries, heads, head_dim] and the caches as [kv_heads, blocks, block_size,
     head_dim], and gives [groups * queries, heads, head_dim]."""
-    q, k, v, key_cache, value_cache, query_starts, kv_lens, block_table = inputs
+    q, k, v, key_cache, value_cache, *step = inputs
     head_dim = attrs["head_dim"]
     q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
-    blocks, block_size, kv_heads, _ = key_cache.shape
+    plan = _plan(context, q, key_cache, step, attrs["window"])
+    keys, values = (_store(x, cache, plan) for x, cache in ((k, key_cache), (v, value_cache)))
+    return (_run(q, keys, values, plan, attend).flatten(-2),)
+
+
+def latent_attention(
+    inputs: Sequence[Any], attrs: Mapping[str, Any], context: Any
+) -> tuple[Tensor]:
+    """The cpu target's row for the op `latent_attention`: attention with one kv head, whose values
+    are its keys. What they have more than values is cut off the result, because torch's fused
+    kernel wants both of one size."""
+    q, q_rope, latent, k_rope, cache, *step = inputs
+    rank, dim = latent.shape[-1], k_rope.shape[-1]
+    q = torch.cat((q.unflatten(-1, (-1, rank)), q_rope.unflatten(-1, (-1, dim))), dim=-1)
+    plan = _plan(context, q, cache, step, None)
+    keys = _store(torch.cat((latent, k_rope), dim=-1)[:, None], cache, plan)
+    attend = functools.partial(_attend, scale=attrs["scale"])
+    return (_run(q, keys, keys, plan, attend)[..., :rank].flatten(-2),)
+
+
+def _plan(
+    context: Any, q: Tensor, cache: Tensor, step: Sequence[Tensor], window: int | None
+) -> AttentionPlan:
+    blocks, block_size, kv_heads, _ = cache.shape
     plan: AttentionPlan = context.attention_plan(
-        query_starts,
-        kv_lens,
-        block_table,
+        *step,
         block_size=block_size,
         zero_block=blocks - 1,
         group=q.shape[1] // kv_heads,
-        window=attrs["window"],
+        window=window,
         dtype=q.dtype,
     )
-    keys, values = (_store(x, cache, plan) for x, cache in ((k, key_cache), (v, value_cache)))
+    return plan
+
+
+def _run(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, attend: Attend) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype)
     if plan.decode:
         out[plan.decode.rows] = attend(q[plan.decode.rows][:, None], keys, values, plan.decode)
     for queries in plan.prefill:
         out[queries.rows] = attend(q[queries.rows][None], keys, values, queries)
-    return (out.flatten(-2),)
+    return out
 
 
 def _store(new: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
@@ -243,8 +270,10 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, queries: Queries, *, scale:
     rows = q.view(groups, count, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
     num_rows = rows.shape[2]
     rows = F.pad(rows, (0, 0, 0, odd_rows(num_rows)))
+    run_keys = gather(keys)
+    run_values = run_keys if values is keys else gather(values)
     out = F.scaled_dot_product_attention(
-        rows, gather(keys), gather(values), attn_mask=queries.mask, scale=scale
+        rows, run_keys, run_values, attn_mask=queries.mask, scale=scale
     )
     heads_first: Tensor = out[:, :, :num_rows].unflatten(2, (-1, count))
     return heads_first.permute(0, 3, 1, 2, 4).reshape(-1, heads, head_dim)

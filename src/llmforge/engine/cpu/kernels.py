@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llmforge.engine.cpu.attention import AttentionPlan, Planner, attention
+from llmforge.engine.cpu.attention import (
+    AttentionPlan,
+    Planner,
+    attention,
+    latent_attention,
+)
 from llmforge.engine.cpu.scored_attention import scored_attention
 from llmforge.model.reference import ACTIVATIONS, REFERENCE, Context, Meaning
 
@@ -68,4 +73,5 @@ KERNELS: dict[str, Meaning] = {
     "gated_activation": _gated_activation,
     "attention": attention,
     "scored_attention": scored_attention,
+    "latent_attention": latent_attention,
 }

@@ -26,11 +26,18 @@ def scored_attention(
     inputs: Sequence[Any], attrs: Mapping[str, Any], context: Any
 ) -> tuple[Tensor]:
     """The cpu target's row for the op `scored_attention`; see attention.py."""
-    return run_attention(inputs, attrs, context, functools.partial(_attend, attrs=attrs))
+    attend = functools.partial(_attend, sinks=inputs[8], attrs=attrs)
+    return run_attention(inputs[:8], attrs, context, attend)
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, queries: Queries, *, attrs: Mapping[str, Any]
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    queries: Queries,
+    *,
+    sinks: Tensor | None,
+    attrs: Mapping[str, Any],
 ) -> Tensor:
     groups, count, heads, head_dim = q.shape
     kv_heads, block_size = keys.shape[0], keys.shape[2]
@@ -41,14 +48,18 @@ def _attend(
     rows = F.pad(rows.float(), (0, 0, 0, padding))
     group = heads // kv_heads
     positions = F.pad(queries.positions.repeat(1, group), (0, padding))
-    slopes = torch.zeros(kv_heads, num_rows)
-    if attrs["slopes"]:
-        slopes = torch.tensor(attrs["slopes"]).view(kv_heads, group).repeat_interleave(count, 1)
-    slopes = F.pad(slopes, (0, padding))
 
+    def by_row(per_head: Tensor) -> Tensor:
+        """[kv_heads, rows] of a value for each query head."""
+        return F.pad(per_head.view(kv_heads, group).repeat_interleave(count, 1), (0, padding))
+
+    slopes = by_row(torch.tensor(attrs["slopes"])) if attrs["slopes"] else None
     sums = torch.zeros(*rows.shape[:3], head_dim)
-    weights = torch.zeros(*rows.shape[:3], 1)
+    # A sink is a key of value zero that is seen before all others.
+    weights = torch.full((*rows.shape[:3], 1), float(sinks is not None))
     highest = torch.full_like(weights, _LOWEST)
+    if sinks is not None:
+        highest[:] = by_row(sinks.float())[..., None]
     run_blocks = KEY_RUN // block_size
     for run in range(queries.num_keys // KEY_RUN):
         chosen = queries.blocks[:, run * run_blocks : (run + 1) * run_blocks]
@@ -61,7 +72,7 @@ def _attend(
             if attrs["soft_cap"] is not None:
                 scores = scores.div_(attrs["soft_cap"]).tanh_().mul_(attrs["soft_cap"])
             distance = behind[:, None, tile]
-            if attrs["slopes"]:
+            if slopes is not None:
                 scores -= slopes[:, tile, None] * distance
             hidden = distance < 0
             if attrs["window"] is not None:

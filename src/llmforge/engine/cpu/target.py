@@ -24,6 +24,7 @@ from llmforge.model.passes import apply, fuse_add_norm, merge_linears
 from llmforge.model.reference import DTYPES
 from llmforge.parallel import Topology
 from llmforge.safetensors_io import SafetensorsFile, SafetensorsWriter
+from llmforge.settings import BuildSettings
 
 PASSES = (merge_linears, fuse_add_norm)
 GRAPH_FILE = "graph.json"
@@ -34,6 +35,10 @@ class CpuTarget:
     """Plain torch on the CPU; always available, since torch is a dependency of llmforge."""
 
     name = "cpu"
+    linear_cache = False
+
+    def configured(self, settings: BuildSettings) -> CpuTarget:
+        return self
 
     def available(self) -> str | None:
         return None

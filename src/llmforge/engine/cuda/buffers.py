@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from llmforge.engine.cuda.program import Program
-from llmforge.engine.cuda.sampling import PARAMS, fill_params
 from llmforge.engine.cuda.state import MAX_SPLITS
+from llmforge.engine.device_sampling import PARAMS, check_drawn, fill_params
 from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits, StepBatch
-from llmforge.errors import RequestError
 from llmforge.kernels.attention import split_scratch_sizes
 from llmforge.kernels.launch import Operand
 from llmforge.kernels.stream import stream_plan, stream_scratch_floats
@@ -111,13 +110,7 @@ class Memory:
         """The tokens drawn. Raises RequestError where a row had no finite largest logit."""
         count = len(batch.logit_rows)
         largest = self._drawn[self.limits.max_batch_size :].view(np.float32)[:count]
-        if not np.isfinite(largest).all():
-            row = int(np.flatnonzero(~np.isfinite(largest))[0])
-            raise RequestError(
-                f"the largest logit of the token at position {batch.sampling[row].position} is "
-                f"{largest[row]}, so no token can be drawn; the weights or the engine's precision "
-                "are unfit (look for NaN weights with: llmforge verify; build with a wider dtype)"
-            )
+        check_drawn(largest, batch.sampling)
         tokens: np.ndarray[Any, np.dtype[np.int32]] = self._drawn[:count].copy()
         return tokens
 

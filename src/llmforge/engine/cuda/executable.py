@@ -17,13 +17,14 @@ import torch
 from llmforge.engine.cuda.buffers import Memory
 from llmforge.engine.cuda.modules import load_modules, read_graph
 from llmforge.engine.cuda.program import Instruction, Matmul, Program
-from llmforge.engine.cuda.sampling import GREEDY, PARAMS, fill_params, sampling_launch
+from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.cuda.target import (
     GRAPH_FILE,
     WEIGHTS_FILE,
     programs,
 )
 from llmforge.engine.cuda.weights import load_weights
+from llmforge.engine.device_sampling import GREEDY, PARAMS, fill_params
 from llmforge.engine.step import Limits, StepBatch, StepResult
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
 from llmforge.kernels.launch import Launch

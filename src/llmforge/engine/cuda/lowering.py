@@ -145,7 +145,7 @@ def _select_rows(low: Lowering, node: Node) -> None:
 
 
 def refuse(low: Lowering, node: Node) -> NoReturn:
-    """The row of ops that only engines of several ranks have: the target refuses those graphs."""
+    """The row of ops without a lowering: the target refuses graphs that have them."""
     raise BuildError(f"the cuda target cannot execute {node.op} yet")
 
 
@@ -167,6 +167,12 @@ LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
     "square_sum": refuse,
     "rms_norm_by": refuse,
     "gated_activation": _gated_activation,
+    "latent_attention": refuse,
+    "head_linear": refuse,
+    "clamp": refuse,
+    "route": refuse,
+    "experts": refuse,
+    "token_gate": refuse,
     "select_rows": _select_rows,
     "all_reduce": refuse,
     "all_gather": refuse,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from llmforge.engine.cuda.target import KERNELS, PLAN_FILE, PTX_ARCH, image_name
+from llmforge.engine.cuda.target import KERNELS, PLAN_FILE
 from llmforge.errors import StoreError
-from llmforge.kernels.compile import arch_number
 from llmforge.kernels.driver import Module
+from llmforge.kernels.images import read_images
 from llmforge.model.graph import Graph
 
 
@@ -29,29 +28,11 @@ def load_modules(directory: Path, device: torch.device) -> tuple[dict[str, Modul
     torch.zeros(1, device=device)  # makes the context that modules are loaded into
     try:
         kernels = json.loads((directory / PLAN_FILE).read_text())["kernels"]
-        arch = best_arch(list(kernels), torch.cuda.get_device_capability(device))
-        images = directory / KERNELS
-        return {
-            key: Module((images / image_name(key, arch)).read_bytes(), entry)
-            for key, entry in kernels[arch].items()
-        }, arch
+        capability = torch.cuda.get_device_capability(device)
+        images, arch = read_images(kernels, directory / KERNELS, capability)
+        return {key: Module(image, entry) for key, (image, entry) in images.items()}, arch
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{directory / PLAN_FILE} or a kernel beside it is corrupt ({error}); "
             "build the engine again with: llmforge build"
         ) from error
-
-
-def best_arch(archs: Sequence[str], capability: tuple[int, int]) -> str:
-    """Of an engine's architectures, the best for a GPU of this capability: cubins run on GPUs of
-    the same major and the same or a later minor version; PTX on any later one."""
-    major, minor = capability
-    fitting = [
-        arch
-        for arch in archs
-        if arch.startswith("sm_")
-        and arch_number(arch) // 10 == major
-        and (arch_number(arch) % 10 < minor + (arch[-1] != "a"))
-        and (arch[-1] != "a" or arch_number(arch) % 10 == minor)
-    ]
-    return max(fitting, key=lambda arch: (arch_number(arch), arch)) if fitting else PTX_ARCH

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llmforge.comm import Comm
@@ -23,15 +21,15 @@ from llmforge.engine.step import Limits
 from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.errors import BuildError, TargetError
 from llmforge.kernels import compile as compiler
-from llmforge.kernels.compile import KernelSpec, compile_kernel
+from llmforge.kernels.compile import KernelSpec
+from llmforge.kernels.images import ARCHS, PTX_ARCH, check_archs, write_images
 from llmforge.model.graph import Graph
 from llmforge.model.passes import apply, fuse_add_norm, merge_linears
 from llmforge.parallel import Topology
 from llmforge.safetensors_io import SafetensorsWriter
+from llmforge.settings import BuildSettings
 
 PASSES = (merge_linears, fuse_add_norm)
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
-PTX_ARCH = "compute_80"
 GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 PLAN_FILE = "plan.json"
@@ -42,14 +40,19 @@ class CudaTarget:
     """Our kernels on an NVIDIA GPU of compute capability 8.0 or more."""
 
     name = "cuda"
+    linear_cache = False
 
     def __init__(
-        self, archs: Sequence[str] | None = None, cache: Path | None = compiler.DEFAULT_CACHE
+        self, archs: Sequence[str] = (), cache: Path | None = compiler.DEFAULT_CACHE
     ) -> None:
-        """archs: architectures to make cubins for; None: that of this machine's GPU, or where
+        """archs: architectures to make cubins for; none: that of this machine's GPU, or where
         there is none all of `ARCHS`. cache: where compiled kernels are kept."""
         self._archs = archs
         self._cache = cache
+
+    def configured(self, settings: BuildSettings) -> CudaTarget:
+        check_archs(settings.arch)
+        return CudaTarget(settings.arch, self._cache)
 
     def available(self) -> str | None:
         """Building needs the compiler only; `load` says what it lacks."""
@@ -57,6 +60,8 @@ class CudaTarget:
 
     def prepare(self, graph: Graph) -> Graph:
         refused = {node.op for node in graph.nodes if LOWERINGS.get(node.op, refuse) is refuse}
+        if any(n.op == "scored_attention" and n.inputs[8] for n in graph.nodes):
+            refused.add("attention sinks")
         if refused:
             raise BuildError(
                 f"the cuda target cannot execute {', '.join(sorted(refused))} yet; build with "
@@ -77,7 +82,6 @@ class CudaTarget:
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())
         archs = tuple(self._archs or _local_arch() or ARCHS)
-        check_archs(archs)
         write_kernels(graph, limits, archs, out, self._cache)
         entries = [(p.name, p.dtype, p.sizes) for p in graph.parameters]
         with SafetensorsWriter(out / WEIGHTS_FILE, entries, {"format": "pt"}) as writer:
@@ -119,16 +123,6 @@ def _local_arch() -> tuple[str, ...]:
     return (f"sm_{major}{minor}",)
 
 
-def check_archs(archs: Sequence[str]) -> None:
-    """Raises BuildError for what the compiler cannot make cubins for."""
-    supported = compiler.supported_archs()
-    if unknown := [arch for arch in archs if arch.removesuffix("a") not in supported]:
-        raise BuildError(
-            f"the compiler does not know the architecture {unknown[0]!r}; "
-            f"allowed: {', '.join(supported)}"
-        )
-
-
 def decode_buckets(limits: Limits) -> tuple[int, ...]:
     """Batch sizes that decode steps are prepared for: each step takes the next larger one."""
     most = min(limits.max_batch_size, limits.max_num_tokens)
@@ -160,28 +154,9 @@ def write_kernels(
     graph: Graph, limits: Limits, archs: Sequence[str], out: Path, cache: Path | None
 ) -> None:
     """Compile the graph's kernels for all `archs`, and to PTX, into `out`. Raises CompileError."""
-    directory = out / KERNELS
-    directory.mkdir()
-    kernels = {arch: engine_kernels(graph, limits, arch) for arch in (*archs, PTX_ARCH)}
-    jobs = [(spec, arch) for arch, specs in kernels.items() for spec in specs.values()]
-
-    def compile_one(job: tuple[KernelSpec, str]) -> None:
-        spec, arch = job
-        compiled = compile_kernel(spec, arch, cache)
-        (directory / image_name(spec.key, arch)).write_bytes(compiled.image)
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(compile_one, jobs))
-    plan = {
-        "compiler": compiler.compiler_version(),
-        "kernels": {
-            arch: {key: spec.entry for key, spec in specs.items()}
-            for arch, specs in kernels.items()
-        },
+    kernels = {
+        arch: list(engine_kernels(graph, limits, arch).values()) for arch in (*archs, PTX_ARCH)
     }
+    index = write_images(kernels, out / KERNELS, cache)
+    plan = {"compiler": compiler.compiler_version(), "kernels": index}
     (out / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n")
-
-
-def image_name(key: str, arch: str) -> str:
-    """The file of a compiled kernel."""
-    return f"{key}.ptx" if arch == PTX_ARCH else f"{key}.{arch}.cubin"
