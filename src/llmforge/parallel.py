@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Topology:
     """The grid of ranks. Tensor-parallel ranks of one pipeline stage are neighbours:
-    ``rank = stage * tensor_parallel + tensor_rank``."""
+    ``rank = stage * tensor_parallel + tensor_rank``. They form `expert_parallel` groups of
+    neighbours: a layer's experts are divided among the groups, each expert among the ranks of its
+    group."""
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    expert_parallel: int = 1
 
     @property
     def world_size(self) -> int:
@@ -101,15 +104,31 @@ class Shard:
     """Which dimension of a parameter is cut, and into which segments; none: every rank has all.
 
     A merged parameter has several segments (q heads | k heads | v heads), and a rank holds its
-    piece of each, one after another.
+    piece of each, one after another. Where dimension 0 counts `experts`, it is divided among the
+    `groups` of neighbouring ranks, and the segments among the ranks of a group.
     """
 
     dim: int = 0
     segments: tuple[Segment, ...] = ()
+    experts: int = 0
 
-    @property
-    def replicated(self) -> bool:
-        return not self.segments
+    def divides(self, ranks: int, groups: int = 1) -> bool:
+        """Whether this parameter can be divided so. `groups` divides `ranks`."""
+        inner = ranks // groups if self.experts else ranks
+        return all(s.divides(inner) for s in self.segments) and self.experts % groups == 0
+
+    def cuts(
+        self, rank: int, ranks: int, groups: int = 1
+    ) -> tuple[tuple[int, tuple[Piece, ...]], ...]:
+        """What `rank` holds: of each dimension that is cut its runs, one after another."""
+        cuts: list[tuple[int, tuple[Piece, ...]]] = []
+        if self.experts and groups > 1:
+            ranks //= groups
+            group, rank = divmod(rank, ranks)
+            cuts.append((0, (Segment(self.experts).piece(group, groups),)))
+        if self.segments:
+            cuts.append((self.dim, self.pieces(rank, ranks)))
+        return tuple(cuts)
 
     def pieces(self, rank: int, ranks: int) -> tuple[Piece, ...]:
         """This rank's runs of dimension `dim`, in whole-parameter coordinates."""
@@ -121,20 +140,26 @@ class Shard:
             offset += segment.size
         return tuple(pieces)
 
-    def local_shape(self, shape: Sequence[int], rank: int, ranks: int) -> tuple[int, ...]:
+    def local_shape(
+        self, shape: Sequence[int], rank: int, ranks: int, groups: int = 1
+    ) -> tuple[int, ...]:
         """The shape that `rank` holds of a parameter of the whole `shape`."""
         local = list(shape)
-        if not self.replicated:
-            local[self.dim] = sum(piece.size for piece in self.pieces(rank, ranks))
+        for dim, pieces in self.cuts(rank, ranks, groups):
+            local[dim] = sum(piece.size for piece in pieces)
         return tuple(local)
 
-    def join(self, parts: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+    def join(self, parts: Sequence[NDArray[np.generic]], groups: int = 1) -> NDArray[np.generic]:
         """The whole parameter from the arrays of all ranks: the inverse of cutting."""
         import numpy as np
 
-        if self.replicated:
-            return parts[0]
         ranks = len(parts)
+        if self.experts and groups > 1:
+            each = ranks // groups
+            joined = [self.join(parts[first : first + each]) for first in range(0, ranks, each)]
+            return np.concatenate(joined)
+        if not self.segments:
+            return parts[0]
         runs = []
         for index, segment in enumerate(self.segments):
             for rank in range(0, ranks, segment.copies(ranks)):

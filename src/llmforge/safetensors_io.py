@@ -87,6 +87,13 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.stop - self.start
 
+    def rows(self, start: int, stop: int) -> TensorInfo:
+        """Rows ``start:stop`` of the first dimension, as a tensor of their own."""
+        assert 0 <= start <= stop <= self.shape[0], (self, start, stop)
+        row = self.nbytes // max(self.shape[0], 1)
+        shape = (stop - start, *self.shape[1:])
+        return TensorInfo(self.dtype, shape, self.start + start * row, self.start + stop * row)
+
 
 class SafetensorsFile:
     """A safetensors file opened for reading; `tensors` maps names to TensorInfo in file order.
@@ -112,10 +119,18 @@ class SafetensorsFile:
     def close(self) -> None:
         self._finalizer()
 
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Array:
-        """A fresh contiguous array of the tensor, or of ``start:stop`` of its dimension `dim`.
-        Needs no more memory than the result and a few MB."""
-        info = self.tensors[name]
+    def read(
+        self,
+        name: str,
+        dim: int = 0,
+        start: int = 0,
+        stop: int | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Array:
+        """A fresh contiguous array of the tensor, or of ``start:stop`` of its dimension `dim`;
+        with `rows`, of that run of its first dimension alone. Needs no more memory than the
+        result and a few MB."""
+        info = self.tensors[name] if rows is None else self.tensors[name].rows(*rows)
         dtype = NUMPY_DTYPES[info.dtype]
         if not info.shape:
             return self._read_bytes(info.start, info.nbytes).view(dtype).reshape(())
@@ -134,9 +149,9 @@ class SafetensorsFile:
             )
         row = size * inner
         result = np.empty((outer, (stop - start) * inner), np.uint8)
-        rows = max(1, _ROW_CHUNK // max(row, 1))
-        for first in range(0, outer, rows):
-            count = min(rows, outer - first)
+        at_once = max(1, _ROW_CHUNK // max(row, 1))
+        for first in range(0, outer, at_once):
+            count = min(at_once, outer - first)
             block = self._read_bytes(info.start + first * row, count * row).reshape(count, row)
             result[first : first + count] = block[:, start * inner : stop * inner]
         return result.reshape(-1).view(dtype).reshape(shape)

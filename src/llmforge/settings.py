@@ -88,6 +88,12 @@ class BuildSettings:
     )
     tensor_parallel: int = _option(1, "Ranks that share each layer.", minimum=1)
     pipeline_parallel: int = _option(1, "Stages that the layers are divided into.", minimum=1)
+    expert_parallel: int = _option(
+        1,
+        "Groups of tensor-parallel ranks that a mixture's experts are divided among; the ranks "
+        "of a group share each expert.",
+        minimum=1,
+    )
     max_batch_size: int = _option(8, "Most sequences in one step.", minimum=1)
     max_seq_len: int | None = _option(
         None,

@@ -75,6 +75,12 @@ def test_slices(tmp_path: Path, dim: int, monkeypatch: pytest.MonkeyPatch) -> No
             assert part.flags.c_contiguous
             assert np.array_equal(part, whole.narrow(dim, start, stop - start).numpy())
     assert np.array_equal(file.read("x", dim, 1), whole.narrow(dim, 1, size - 1).numpy())
+    for rows in ((0, 6), (2, 3), (1, 5), (4, 4)):
+        part = file.read("x", rows=rows)
+        assert np.array_equal(part, whole[slice(*rows)].numpy())
+        if dim:
+            part = file.read("x", dim, 1, 2, rows)
+            assert np.array_equal(part, whole[slice(*rows)].narrow(dim, 1, 1).numpy())
 
 
 def test_a_column_slice_needs_little_more_than_itself(tmp_path: Path) -> None:

@@ -128,7 +128,11 @@ def test_inspect(here: Path, capsys: Capture) -> None:
     assert "3,541,760" in out and "hidden_size" in out and "tokenizer/tokenizer.json" in out
     assert llmforge("inspect", "two", "--json") == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["topology"] == {"tensor_parallel": 2, "pipeline_parallel": 1}
+    assert data["topology"] == {
+        "tensor_parallel": 2,
+        "pipeline_parallel": 1,
+        "expert_parallel": 1,
+    }
     assert llmforge("inspect", "two", "--graph", "--rank", "1") == 0
     out = capsys.readouterr().out
     assert "all_reduce" in out and "token_ids[tokens]" in out

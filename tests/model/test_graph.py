@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llmforge.checkpoint.config import ModelConfig, RopeConfig
+from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.params import parameters
 from llmforge.engine.cpu.kernels import KERNELS
 from llmforge.engine.cpu.target import PASSES
@@ -68,8 +68,36 @@ OTHER = dataclasses.replace(
     logit_scale=0.25,
 )
 WHOLE_QK_NORM = dataclasses.replace(CONFIG, qk_norm_span="all", pre_norm=False, post_norm=True)
+MOE = dataclasses.replace(
+    CONFIG,
+    qk_norm=False,
+    attention_sinks=True,
+    qkv_clamp=8.0,
+    moe=MoeConfig(
+        num_experts=8,
+        top_k=3,
+        expert_size=20,
+        dense_layers=(1,),
+        router_bias=True,
+        correction=True,
+        expert_bias=True,
+        shared_size=12,
+        shared_gate=True,
+    ),
+)
+LATENT = dataclasses.replace(
+    CONFIG,
+    num_kv_heads=1,
+    qkv_bias=False,
+    attention_output_bias=False,
+    qk_norm=False,
+    sliding_window=(None,) * 5,
+    rope=RopeConfig(1e4, 4),
+    latent=LatentConfig(q_rank=20, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=6),
+)
 TIED = dataclasses.replace(CONFIG, tied_embeddings=True)
 TOPOLOGIES = [Topology(), Topology(2), Topology(4), Topology(1, 3), Topology(2, 2), Topology(1, 5)]
+TOPOLOGIES += [Topology(2, 1, 2), Topology(4, 1, 2), Topology(2, 2, 2)]
 
 
 def ops(graph: Graph) -> list[str]:
@@ -84,7 +112,9 @@ def test_every_op_has_a_meaning_a_cpu_kernel_and_a_builder_method() -> None:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 @pytest.mark.parametrize(
-    "config", [CONFIG, TIED, OTHER, WHOLE_QK_NORM], ids=["plain", "tied", "other", "whole-qk-norm"]
+    "config",
+    [CONFIG, TIED, OTHER, WHOLE_QK_NORM, MOE, LATENT],
+    ids=["plain", "tied", "other", "whole-qk-norm", "moe", "latent"],
 )
 def test_every_parameter_is_in_the_graphs_of_its_ranks(
     config: ModelConfig, topology: Topology
@@ -92,9 +122,15 @@ def test_every_parameter_is_in_the_graphs_of_its_ranks(
     for passes in ((), PASSES):
         held: list[str] = []
         for stage in range(topology.pipeline_parallel):
-            rank = topology.rank(stage, topology.tensor_parallel - 1)
-            graph = apply(trace(config, topology, rank), passes)
-            held += [part for p in graph.parameters for part in p.parts]
+            # The first rank of a stage has what the others have; some biases only it adds.
+            first = apply(trace(config, topology, topology.rank(stage, 0)), passes)
+            last = topology.rank(stage, topology.tensor_parallel - 1)
+            parts, others = (
+                [part for p in graph.parameters for part in p.parts]
+                for graph in (first, apply(trace(config, topology, last), passes))
+            )
+            held += parts
+            assert all(name.endswith("down.bias") for name in set(parts) ^ set(others))
         expected = list(parameters(config))
         if config.tied_embeddings and topology.pipeline_parallel > 1:
             expected.append("embed.weight")  # the last stage has its own copy for the head
@@ -119,7 +155,9 @@ def test_what_one_stage_sends_the_next_receives(topology: Topology) -> None:
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-@pytest.mark.parametrize("config", [CONFIG, OTHER], ids=["plain", "other"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, OTHER, MOE, LATENT], ids=["plain", "other", "moe", "latent"]
+)
 def test_json_round_trip(config: ModelConfig, topology: Topology) -> None:
     for rank in range(topology.world_size):
         graph = apply(trace(config, topology, rank), PASSES)
@@ -149,6 +187,16 @@ def test_merge_linears_joins_a_parallel_block_by_biases() -> None:
     assert (*names, "layers.0.mlp.up.weight") in merged
 
 
+def test_ranks_meet_once_in_a_parallel_block() -> None:
+    parallel = dataclasses.replace(CONFIG, parallel_block=True, mlp_bias=True)
+    for shared, ranks in ((False, 2), (True, 4)):
+        graph = trace(dataclasses.replace(parallel, shared_norm=shared), Topology(ranks), 0)
+        # One for the embedding, one a layer; the biases of o and down are added behind it.
+        assert ops(graph).count("all_reduce") == 1 + CONFIG.num_layers
+    graph = trace(CONFIG, Topology(2), 0)
+    assert ops(graph).count("all_reduce") == 1 + 2 * CONFIG.num_layers
+
+
 def test_each_rank_has_the_slopes_of_its_heads() -> None:
     for ranks in (1, 2, 4):
         slopes: list[float] = []
@@ -156,6 +204,38 @@ def test_each_rank_has_the_slopes_of_its_heads() -> None:
             nodes = trace(OTHER, Topology(ranks), rank).nodes
             slopes += next(n for n in nodes if n.op == "scored_attention").attrs["slopes"]
         assert tuple(slopes) == OTHER.alibi_slopes
+
+
+@pytest.mark.parametrize("topology", [Topology(4, 1, 1), Topology(4, 1, 2), Topology(4, 1, 4)])
+def test_each_expert_and_each_bias_is_counted_once(topology: Topology) -> None:
+    assert MOE.moe is not None
+    nodes = [
+        next(n for n in trace(MOE, topology, rank).nodes if n.op == "experts") for rank in range(4)
+    ]
+    each = MOE.moe.num_experts // topology.expert_parallel
+    ranks = 4 // topology.expert_parallel
+    assert [n.attrs["first"] for n in nodes] == [rank // ranks * each for rank in range(4)]
+    assert [bool(n.inputs[6]) for n in nodes] == [rank % ranks == 0 for rank in range(4)]
+
+
+def test_a_mixture_is_summed_over_ranks_once() -> None:
+    graph = trace(MOE, Topology(2), 0)
+    assert ops(graph).count("all_reduce") == 1 + 2 * MOE.num_layers  # and the embedding's
+    after = [n for n in graph.nodes if n.op == "experts"]
+    assert len(after) == MOE.num_layers - 1, "one layer has a plain MLP"
+    shared = next(n for n in graph.nodes if n.op == "token_gate")
+    [total] = graph.consumers()[shared.outputs[0]]
+    [reduce] = graph.consumers()[total.outputs[0]]
+    assert (total.op, reduce.op) == ("add", "all_reduce")
+
+
+def test_latents_have_one_cache_and_merge_into_one_product() -> None:
+    graph = merge_linears(trace(LATENT, Topology(2), 0))
+    assert [t.shape for t in graph.states] == [("blocks", "block_size", 1, 20)] * 5
+    merged = [p.parts for p in graph.parameters if len(p.parts) > 1]
+    prefix = "layers.0.attention."
+    assert tuple(f"{prefix}{n}.weight" for n in ("q_a", "latent", "k_rope")) in merged
+    assert tuple(f"{prefix}{n}.weight" for n in ("q", "q_rope")) in merged
 
 
 def test_merge_linears_joins_qkv_and_gate_up_and_nothing_else() -> None:

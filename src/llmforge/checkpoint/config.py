@@ -16,6 +16,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 NORMS = ("rms", "layer")
 QK_NORM_SPANS = ("head", "heads", "all")
+ROUTER_SCORES = ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,63 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of `num_experts` gated MLPs of intermediate size `expert_size`, `top_k` of them a
+    token, in place of a layer's MLP; model/ops.py, `route` and `experts`, says what is computed.
+
+    A layer's expert weights are two parameters: gate_up [experts, 2 expert_size, hidden], of each
+    expert the rows of gate and then of up, and down [experts, hidden, expert_size].
+    """
+
+    num_experts: int
+    top_k: int
+    expert_size: int
+    dense_layers: tuple[int, ...] = ()  # layers with a plain MLP instead
+
+    # The router: `route`'s attributes, and whether it has a bias and a correction of the choice.
+    score: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+    group_top: int = 1
+    router_bias: bool = False
+    correction: bool = False
+
+    # The experts: with `limit`, a clamped activation with the gain `alpha` (see `experts`).
+    expert_bias: bool = False
+    alpha: float = 1.0
+    limit: float | None = None
+
+    # A plain MLP that every token takes besides, scaled by the sigmoid of a product of its own.
+    shared_size: int = 0  # 0: there is none
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.score in ROUTER_SCORES, self.score
+        assert self.num_experts % self.groups == 0, "experts divide into groups"
+        allowed = self.num_experts // self.groups * self.kept_groups
+        assert 0 < self.top_k <= allowed <= self.num_experts, "enough experts to choose from"
+        assert self.shared_size or not self.shared_gate, "a gate of what is not there"
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Latent attention (https://arxiv.org/abs/2405.04434, section 2.1): keys and values are
+    linear in a normed latent of `kv_rank` elements, which is what the cache holds, with one rotated
+    part of `rope_dim` that the keys of all heads share. A head's query and key have `nope_dim` more
+    elements, its value `value_dim`. Queries come from a normed latent of `q_rank`, or from the
+    hidden state (None)."""
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. Lengths in elements or tokens.
 
@@ -164,6 +222,14 @@ class ModelConfig:
     residual_scale: float = 1.0  # of what attention and MLP add to the residual
     logit_scale: float = 1.0
 
+    # Attention: q, k and v clamped to ±qkv_clamp; a score of each query head that takes part in
+    # the softmax's sum alone; latent attention, whose num_kv_heads is 1.
+    qkv_clamp: float | None = None
+    attention_sinks: bool = False
+    latent: LatentConfig | None = None
+
+    moe: MoeConfig | None = None
+
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
         assert self.activation in ACTIVATIONS, self.activation
@@ -179,6 +245,14 @@ class ModelConfig:
         # These two are what the decoder can express so far.
         assert not (self.norm == "layer" and self.qk_norm_span == "all"), "a whole-width LayerNorm"
         assert not (self.norm == "rms" and self.qk_norm_span == "heads"), "an RMSNorm by head"
+        assert self.gated_mlp or self.moe is None, "experts are gated MLPs"
+        if self.latent is not None:
+            assert self.num_kv_heads == 1, "all heads share the latents"
+            own = (self.qkv_bias, self.attention_output_bias, self.qk_norm, self.attention_sinks)
+            assert not any(own), "latent attention has no biases, norms of q and k, or sinks"
+            assert self.qkv_clamp is None and not self.alibi_slopes, "nor clamps, nor slopes"
+            assert self.attention_softcap is None and not any(self.sliding_window), "nor windows"
+            assert self.rope is not None and self.rope.dim == self.latent.rope_dim, "a whole part"
 
     def layer_rope(self, layer: int) -> RopeConfig | None:
         """The rotary embedding of a layer's q and k, or None."""
@@ -187,6 +261,11 @@ class ModelConfig:
         if self.window_rope is not None and self.sliding_window[layer] is not None:
             return self.window_rope
         return self.rope
+
+    def layer_moe(self, layer: int) -> MoeConfig | None:
+        """The mixture of experts of a layer, or None where it has a plain MLP."""
+        dense = self.moe is None or layer in self.moe.dense_layers
+        return None if dense else self.moe
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a manifest."""
@@ -199,10 +278,10 @@ class ModelConfig:
         """The inverse of `to_dict`. Raises StoreError where fields are missing, unknown or bad."""
         try:
             fields = {name: _frozen(value) for name, value in values.items()}
-            for name in ("rope", "window_rope"):
+            for name, kind in _NESTED.items():
                 if fields.get(name) is not None:
-                    rope = fields[name].items()
-                    fields[name] = RopeConfig(**{key: _frozen(value) for key, value in rope})
+                    inner = fields[name].items()
+                    fields[name] = kind(**{key: _frozen(value) for key, value in inner})
             return cls(**fields)
         except (
             TypeError,
@@ -213,6 +292,14 @@ class ModelConfig:
             AssertionError,
         ) as error:
             raise StoreError(f"the manifest's model config is not valid: {error}") from error
+
+
+_NESTED: dict[str, Any] = {
+    "rope": RopeConfig,
+    "window_rope": RopeConfig,
+    "latent": LatentConfig,
+    "moe": MoeConfig,
+}
 
 
 def _plain(value: Any) -> Any:

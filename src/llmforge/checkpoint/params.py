@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmforge.checkpoint.config import ModelConfig
-from llmforge.parallel import REPLICATED, Shard, cut
+from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig
+from llmforge.parallel import REPLICATED, Segment, Shard, cut
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ParamSpec:
     """A parameter of the whole model, and its shard.
 
     Random weights (sources/random.py) are drawn with mean `init_mean` and standard deviation
-    `init_std`, which keep activations of order one.
+    `init_std`, which keep activations of order one. `dtype`: where it is not the model's.
     """
 
     name: str
@@ -28,6 +28,11 @@ class ParamSpec:
     shard: Shard = REPLICATED
     init_std: float = 0.0
     init_mean: float = 0.0
+    dtype: str | None = None
+
+    def stored_as(self, config: ModelConfig) -> str:
+        """The dtype in the checkpoint and in a rank's weights."""
+        return self.dtype or config.dtype
 
 
 EMBEDDING = "embed.weight"
@@ -58,12 +63,18 @@ def _parameters(config: ModelConfig) -> Iterator[ParamSpec]:
         prefix = layer_prefix(layer)
         if config.pre_norm:
             yield from _norm(config, f"{prefix}attention_norm")
-        yield from _attention(config, f"{prefix}attention.")
+        if config.latent is None:
+            yield from _attention(config, f"{prefix}attention.")
+        else:
+            yield from _latent_attention(config, config.latent, f"{prefix}attention.")
         if config.post_norm:
             yield from _norm(config, f"{prefix}attention_post_norm")
         if config.pre_norm and not config.shared_norm:
             yield from _norm(config, f"{prefix}mlp_norm")
-        yield from _mlp(config, f"{prefix}mlp.")
+        if (moe := config.layer_moe(layer)) is None:
+            yield from _mlp(config, f"{prefix}mlp.", config.intermediate_size)
+        else:
+            yield from _moe(config, moe, f"{prefix}moe.")
         if config.post_norm:
             yield from _norm(config, f"{prefix}mlp_post_norm")
     yield from _norm(config, FINAL_NORM)
@@ -80,6 +91,8 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
     for name, count in heads.items():
         size = count * head_dim
         yield from _linear(f"{prefix}{name}", size, hidden, cut(0, size, head_dim), config.qkv_bias)
+    if config.attention_sinks:
+        yield ParamSpec(f"{prefix}sinks", (config.num_heads,), cut(0, config.num_heads), 1.0)
     if config.qk_norm:
         for name in ("q", "k"):
             yield from _qk_norm(config, f"{prefix}{name}_norm", heads[name] * head_dim)
@@ -89,8 +102,57 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
     )
 
 
-def _mlp(config: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
-    hidden, size = config.hidden_size, config.intermediate_size
+def _latent_attention(
+    config: ModelConfig, latent: LatentConfig, prefix: str
+) -> Iterator[ParamSpec]:
+    """Without biases. What a head shares with none is cut by head; the latents, which all heads
+    read, are on every rank."""
+    hidden, heads, q_in = config.hidden_size, config.num_heads, config.hidden_size
+    if latent.q_rank is not None:
+        q_in = latent.q_rank
+        yield from _linear(f"{prefix}q_a", q_in, hidden, REPLICATED, False)
+        yield ParamSpec(f"{prefix}q_a_norm.weight", (q_in,), init_std=0.02, init_mean=1.0)
+    for name, size in (("q", latent.nope_dim), ("q_rope", latent.rope_dim)):
+        shard = cut(0, heads * size, size)
+        yield from _linear(f"{prefix}{name}", heads * size, q_in, shard, False)
+    yield from _linear(f"{prefix}latent", latent.kv_rank, hidden, REPLICATED, False)
+    yield ParamSpec(f"{prefix}latent_norm.weight", (latent.kv_rank,), init_std=0.02, init_mean=1.0)
+    yield from _linear(f"{prefix}k_rope", latent.rope_dim, hidden, REPLICATED, False)
+    by_head = cut(0, heads)
+    # A key's elements are sums over the latent, whichever side of the product they stand on.
+    std = latent.kv_rank**-0.5
+    yield ParamSpec(f"{prefix}k_up", (heads, latent.kv_rank, latent.nope_dim), by_head, std)
+    yield ParamSpec(f"{prefix}v_up", (heads, latent.value_dim, latent.kv_rank), by_head, std)
+    size = heads * latent.value_dim
+    yield from _row_linear(f"{prefix}o", hidden, cut(1, size, latent.value_dim), False, config)
+
+
+def _moe(config: ModelConfig, moe: MoeConfig, prefix: str) -> Iterator[ParamSpec]:
+    """Routers are on every rank. Expert weights are stacks: see MoeConfig."""
+    hidden, count, size = config.hidden_size, moe.num_experts, moe.expert_size
+    yield from _linear(f"{prefix}router", count, hidden, REPLICATED, moe.router_bias)
+    if moe.correction:
+        # The choice among experts hangs on small differences.
+        yield ParamSpec(f"{prefix}router.correction", (count,), init_std=0.02, dtype="float32")
+    gate_up = Shard(1, (Segment(size), Segment(size)), count)
+    std = hidden**-0.5
+    yield ParamSpec(f"{prefix}experts.gate_up.weight", (count, 2 * size, hidden), gate_up, std)
+    if moe.expert_bias:
+        yield ParamSpec(f"{prefix}experts.gate_up.bias", (count, 2 * size), gate_up, 0.02)
+    std = (size * 2 * config.num_layers) ** -0.5
+    down = Shard(2, (Segment(size),), count)
+    yield ParamSpec(f"{prefix}experts.down.weight", (count, hidden, size), down, std)
+    if moe.expert_bias:
+        whole = Shard(experts=count)
+        yield ParamSpec(f"{prefix}experts.down.bias", (count, hidden), whole, 0.02)
+    if moe.shared_size:
+        yield from _mlp(config, f"{prefix}shared.", moe.shared_size)
+    if moe.shared_gate:
+        yield from _linear(f"{prefix}shared_gate", 1, hidden, REPLICATED, False)
+
+
+def _mlp(config: ModelConfig, prefix: str, size: int) -> Iterator[ParamSpec]:
+    hidden = config.hidden_size
     for name in ("gate", "up") if config.gated_mlp else ("up",):
         yield from _linear(f"{prefix}{name}", size, hidden, cut(0, size), config.mlp_bias)
     yield from _row_linear(f"{prefix}down", hidden, cut(1, size), config.mlp_bias, config)

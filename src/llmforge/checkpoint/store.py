@@ -3,6 +3,7 @@
     manifest.yaml                      kind, format_version, what it was made from, model config,
                                        a checksum for every file
     model-00001-of-0000N.safetensors   every parameter of params.py, in that order, in one dtype
+                                       (but for those whose spec names another)
     tokenizer/                         tokenizer, generation config and chat template, if any
 
 The same source converted with the same settings gives the same bytes.
@@ -10,6 +11,7 @@ The same source converted with the same settings gives the same bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -57,10 +59,18 @@ class Checkpoint:
         check_files(manifest)
         return cls(manifest, config, [SafetensorsFile(path / name) for name in weights])
 
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Array:
-        """A fresh contiguous array of the parameter, or of ``start:stop`` of its dimension `dim`.
-        Safe to call from several threads."""
-        return self._file_of[name].read(name, dim, start, stop)
+    def read(
+        self,
+        name: str,
+        dim: int = 0,
+        start: int = 0,
+        stop: int | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Array:
+        """A fresh contiguous array of the parameter, or of ``start:stop`` of its dimension `dim`;
+        with `rows`, of that run of its first dimension alone. Safe to call from several
+        threads."""
+        return self._file_of[name].read(name, dim, start, stop, rows)
 
     def _check(self, specs: Mapping[str, ParamSpec]) -> None:
         problems = []
@@ -68,12 +78,12 @@ class Checkpoint:
             problems.append(f"missing: {listed(missing)}")
         if extra := [name for name in self._file_of if name not in specs]:
             problems.append(f"not in the model: {listed(extra)}")
-        dtype = self.config.dtype
-        wrong = [
-            f"{name} ({info.dtype} {list(info.shape)} instead of {dtype} {list(specs[name].shape)})"
-            for name, info in self.tensors.items()
-            if info.shape != specs[name].shape or info.dtype != dtype
-        ]
+        wrong = []
+        for name, info in self.tensors.items():
+            dtype, shape = specs[name].stored_as(self.config), specs[name].shape
+            if (info.dtype, info.shape) != (dtype, shape):
+                found = f"{info.dtype} {list(info.shape)}"
+                wrong.append(f"{name} ({found} instead of {dtype} {list(shape)})")
         if wrong:
             problems.append(f"of the wrong kind: {listed(wrong)}")
         if problems:
@@ -99,8 +109,10 @@ def _config_and_weights(manifest: Manifest) -> tuple[ModelConfig, list[str]]:
 
 
 def nbytes(config: ModelConfig, dtype: str) -> int:
-    """The bytes of all parameters."""
-    return num_parameters(config) * DTYPE_BYTES[dtype]
+    """The bytes of all parameters of a model stored in `dtype`."""
+    return sum(
+        _count(spec) * DTYPE_BYTES[spec.dtype or dtype] for spec in parameters(config).values()
+    )
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -108,10 +120,7 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def _count(spec: ParamSpec) -> int:
-    count = 1
-    for size in spec.shape:
-        count *= size
-    return count
+    return math.prod(spec.shape)
 
 
 class WeightsWriter:
@@ -120,8 +129,8 @@ class WeightsWriter:
 
     def __init__(self, writer: ArtifactWriter, config: ModelConfig, shard_bytes: int) -> None:
         self._writer = writer
-        self._dtype = config.dtype
-        self._shards = _divide(parameters(config).values(), config.dtype, shard_bytes)
+        self._config = config
+        self._shards = _divide(parameters(config).values(), config, shard_bytes)
         count = len(self._shards)
         self.names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         self._current: SafetensorsWriter | None = None
@@ -130,7 +139,7 @@ class WeightsWriter:
     def write_piece(
         self, name: str, piece: Array, release: Callable[[], None] | None = None
     ) -> None:
-        """As SafetensorsWriter.write_piece; pieces are in the config's dtype."""
+        """As SafetensorsWriter.write_piece; pieces are in the parameter's dtype."""
         if self._current is None:
             self._open_next()
         assert self._current is not None
@@ -145,7 +154,7 @@ class WeightsWriter:
         shard = self._shards[self._index]
         self._current = SafetensorsWriter(
             self._writer.directory / self.names[self._index],
-            [(spec.name, self._dtype, spec.shape) for spec in shard],
+            [(spec.name, spec.stored_as(self._config), spec.shape) for spec in shard],
             {"format": "pt"},
         )
 
@@ -163,12 +172,14 @@ class WeightsWriter:
         assert error is not None or self._index == len(self._shards) - 1, "parameters are left out"
 
 
-def _divide(specs: Iterable[ParamSpec], dtype: str, shard_bytes: int) -> list[list[ParamSpec]]:
+def _divide(
+    specs: Iterable[ParamSpec], config: ModelConfig, shard_bytes: int
+) -> list[list[ParamSpec]]:
     """Consecutive parameters, as many to a file as fit."""
     shards: list[list[ParamSpec]] = []
     filled = 0
     for spec in specs:
-        size = _count(spec) * DTYPE_BYTES[dtype]
+        size = _count(spec) * DTYPE_BYTES[spec.stored_as(config)]
         if not shards or filled + size > shard_bytes:
             shards.append([])
             filled = 0

@@ -51,7 +51,9 @@ def build(
     target = found.configured(settings)
     checkpoint = Checkpoint.open(checkpoint_directory)
     config = checkpoint.config
-    topology = Topology(settings.tensor_parallel, settings.pipeline_parallel)
+    topology = Topology(
+        settings.tensor_parallel, settings.pipeline_parallel, settings.expert_parallel
+    )
     check_topology(config, topology)
     limits = resolve_limits(config, settings, warn, linear_cache=target.linear_cache)
     ranks = range(topology.world_size)
@@ -116,17 +118,43 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
             f"pipeline_parallel {stages} is more than the model's {layers} layers; "
             f"use at most {layers}"
         )
-    specs = parameters(config).values()
+    ranks, groups = topology.tensor_parallel, topology.expert_parallel
+    shards = {spec.shard for spec in parameters(config).values()}
 
-    def divides(ranks: int) -> bool:
-        return all(s.divides(ranks) for spec in specs for s in spec.shard.segments)
+    def divides(ranks: int, groups: int) -> bool:
+        # A query head on several ranks would be summed several times.
+        whole = ranks <= config.num_heads and ranks % groups == 0
+        return whole and all(shard.divides(ranks, groups) for shard in shards)
 
-    if not divides(topology.tensor_parallel):
-        allowed = [str(n) for n in range(1, config.num_heads + 1) if divides(n)]
+    _check_expert_parallel(config, topology)
+    if not divides(ranks, groups):
+        allowed = [str(n) for n in range(1, config.num_heads + 1) if divides(n, groups)]
+        sizes = f"intermediate size {config.intermediate_size}"
+        if moe := config.moe:
+            sizes += f", {moe.num_experts} experts of size {moe.expert_size}"
+        among = f" with expert_parallel {groups}" if groups > 1 else ""
         raise BuildError(
-            f"tensor_parallel {topology.tensor_parallel} does not divide this model "
-            f"({config.num_heads} attention heads, {config.num_kv_heads} kv heads, intermediate "
-            f"size {config.intermediate_size}); allowed: {', '.join(allowed)}"
+            f"tensor_parallel {ranks}{among} does not divide this model "
+            f"({config.num_heads} attention heads, {config.num_kv_heads} kv heads, {sizes}); "
+            f"allowed: {', '.join(allowed) or 'none'}"
+        )
+
+
+def _check_expert_parallel(config: ModelConfig, topology: Topology) -> None:
+    ranks, groups = topology.tensor_parallel, topology.expert_parallel
+    if groups == 1:
+        return
+    if config.moe is None:
+        raise BuildError(
+            f"expert_parallel {groups} is for mixtures of experts, and this model has no experts; "
+            "leave it out"
+        )
+    experts = config.moe.num_experts
+    if ranks % groups or experts % groups:
+        allowed = [str(n) for n in range(1, ranks + 1) if ranks % n == 0 == experts % n]
+        raise BuildError(
+            f"expert_parallel {groups} must divide tensor_parallel ({ranks}) and the model's "
+            f"{experts} experts; allowed: {', '.join(allowed)}"
         )
 
 

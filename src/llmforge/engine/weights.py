@@ -35,13 +35,22 @@ class RankWeights:
         return whole
 
     def _shard(self, spec: ParamSpec) -> Array:
-        if spec.shard.replicated:
-            return self.checkpoint.read(spec.name)
-        dim = spec.shard.dim
-        ranks, tensor_rank = self.topology.tensor_parallel, self.topology.tensor_rank(self.rank)
+        topology = self.topology
+        cuts = dict(
+            spec.shard.cuts(
+                topology.tensor_rank(self.rank), topology.tensor_parallel, topology.expert_parallel
+            )
+        )
+        rows = None
+        if spec.shard.experts and 0 in cuts:
+            [held] = cuts.pop(0)
+            rows = held.start, held.stop
+        if not cuts:
+            return self.checkpoint.read(spec.name, rows=rows)
+        [(dim, pieces)] = cuts.items()
         runs = []
-        for piece in spec.shard.pieces(tensor_rank, ranks):
-            run = self.checkpoint.read(spec.name, dim, piece.start, piece.stop)
+        for piece in pieces:
+            run = self.checkpoint.read(spec.name, dim, piece.start, piece.stop, rows)
             if piece.padding:
                 width = [(0, piece.padding if axis == dim else 0) for axis in range(run.ndim)]
                 run = np.pad(run, width)
