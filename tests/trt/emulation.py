@@ -8,6 +8,7 @@ emulated stream comes. Mistakes that TensorRT reports with False, or not at all,
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 import threading
 from collections.abc import Mapping
@@ -113,7 +114,8 @@ class EmulatedBuilder:
         data = self.build_serialized_network(network, config)
         for start in range(0, len(data), 1 << 16):
             piece = data[start : start + (1 << 16)]
-            if writer.write(piece) != len(piece):
+            buffer = ctypes.create_string_buffer(piece, len(piece))
+            if writer.write(_capsule(ctypes.addressof(buffer)), len(piece)) != len(piece):
                 return False
         return True
 
@@ -317,9 +319,17 @@ def _view(
     return torch.from_numpy(raw).view(dtype).view(shape)
 
 
-def _address_of(capsule: Any) -> int:
-    import ctypes
+def _capsule(address: int) -> Any:
+    """A bare pointer as bindings hand it out."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = (
+        ctypes.py_object,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
+    )
+    return new(address, None, None)
 
+
+def _address_of(capsule: Any) -> int:
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     return int(get(capsule, b"ncclComm_t"))

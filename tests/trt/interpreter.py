@@ -95,14 +95,10 @@ class Interpreter:
         context = Context(group, group, {})
         if attrs["op"] == "all_reduce":
             assert attrs["reduce"] == "sum", attrs
-            return _first(all_reduce(context, x))
+            return all_reduce(context, x, ranks=group.size)
         assert attrs["op"] == "all_gather", attrs
-        flat = _first(all_gather(context, x.reshape(-1), size=x.numel() * group.size))
+        flat = all_gather(context, x.reshape(-1), size=x.numel() * group.size, ranks=group.size)
         return flat.view(-1, *x.shape[1:])
-
-
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
 
 
 def _agrees(value: Value, tensor: Tensor, where: str) -> None:

@@ -9,11 +9,12 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from models import BY_NAME, CASES
+from models import _COMMON, BY_NAME, CASES
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families import read_config
@@ -25,6 +26,7 @@ from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
 from llmforge.parallel import Topology
 from llmforge.safetensors_io import NUMPY_DTYPES
 
+Array = np.ndarray[Any, Any]
 ONE = Topology(1, 1)
 NAMES = [case.name for case in CASES]
 
@@ -33,19 +35,13 @@ NAMES = [case.name for case in CASES]
 def config_of(name: str, dtype: str = "float32") -> ModelConfig:
     """The configuration of a case, as `convert` reads it."""
     case = BY_NAME[name]
-    config = case._config_class(**case_settings(name))
+    config = case._config_class(**{**_COMMON, **case.settings})
     model = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     config.architectures = [model.__name__]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "config.json"
         path.write_text(json.dumps({**config.to_dict(), "dtype": dtype}))
         return dataclasses.replace(read_config(path)[1], dtype=dtype)
-
-
-def case_settings(name: str) -> dict[str, object]:
-    from models import _COMMON
-
-    return {**_COMMON, **BY_NAME[name].settings}
 
 
 class MemoryCheckpoint:
@@ -57,14 +53,28 @@ class MemoryCheckpoint:
         rng = np.random.default_rng(seed)
         self._values = {
             spec.name: (spec.init_mean + 0.15 * rng.standard_normal(spec.shape)).astype(
-                NUMPY_DTYPES[config.dtype]
+                NUMPY_DTYPES[spec.stored_as(config)]
             )
             for spec in parameters(config).values()
         }
 
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(
+        self,
+        name: str,
+        dim: int = 0,
+        start: int = 0,
+        stop: int | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Array:
+        """Elements ``start:stop`` of a dimension, of `rows` of the first alone."""
         value = self._values[name]
-        return np.ascontiguousarray(np.take(value, range(*slice(start, stop).indices(value.shape[dim])), dim))  # fmt: skip # noqa: E501
+        if rows is not None:
+            value = value[rows[0] : rows[1]]
+        chosen = range(*slice(start, stop).indices(value.shape[dim]))
+        return np.ascontiguousarray(np.take(value, chosen, dim))
+
+    def map(self, name: str) -> Array:
+        return self._values[name]
 
     def of_rank(self, topology: Topology, rank: int) -> RankWeights:
         return RankWeights(self, topology, rank)  # type: ignore[arg-type]
