@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from llmforge.engine.tensorrt.io import PAST_LENS
-from llmforge.engine.tensorrt.plan import CachePlan, RankPlan
+from collections.abc import Mapping
+
+from llmforge.engine.tensorrt.calls import decode_batches
+from llmforge.engine.tensorrt.io import PAST_LENS, PREFILL, Profile
+from llmforge.engine.tensorrt.plan import CachePlan, RankPlan, Step
+from llmforge.kernels import collectives
 from llmforge.kernels import launch as kernels
+from llmforge.kernels.collectives import Collective
 from llmforge.kernels.compile import KernelSpec
 from llmforge.kernels.launch import Launch, Operand, Size
 from llmforge.kernels.linear_cache import cache_write
@@ -19,6 +24,11 @@ SIZES = (SEQUENCES, NEW_TOKENS, TOKENS, ROWS, FIRST_SLOT)
 DRAWN, LARGEST, HISTORY, SEEN, SAMPLING = (
     "sample.tokens", "sample.largest", "sample.history", "sample.seen", "sampling",
 )  # fmt: skip
+
+
+def largest(profile: Profile) -> dict[str, int]:
+    """The largest sizes of a graph's symbolic dimensions in calls of a profile."""
+    return {"tokens": profile.B[2] * profile.S[2], "rows": profile.R[2]}
 
 
 def cache_groups(plan: RankPlan) -> dict[str, list[CachePlan]]:
@@ -66,7 +76,35 @@ def sample_launch(plan: RankPlan) -> Launch | None:
     )
 
 
+def exchange(plan: RankPlan, step: Step, most: Mapping[str, int]) -> Collective:
+    """How a step in which ranks meet is launched. `most`: the largest "tokens" and "rows" of
+    the calls that it is for, the same on all ranks."""
+
+    def operand(name: str) -> Operand:
+        tensor = plan.tensors[name]
+        features = tensor.shape[-1]
+        assert isinstance(features, int) and len(tensor.shape) == 2
+        return Operand(name, tensor.shape, tensor.dtype, features)
+
+    rows = most[str(plan.tensors[step.x or step.out].shape[0])]
+    if step.kind == "send":
+        return collectives.send(operand(step.x), rows)
+    if step.kind == "recv":
+        return collectives.receive(operand(step.out), rows)
+    x, out = operand(step.x), operand(step.out)
+    group = collectives.Group(step.ranks, direct=True, rows=rows)
+    if step.kind == "all_reduce":
+        return collectives.all_reduce(out, x, group)
+    assert step.kind == "all_gather", step
+    return collectives.all_gather(out, x, group)
+
+
 def engine_kernels(plan: RankPlan) -> list[KernelSpec]:
     """Every kernel that running the plan may launch."""
     launches = [*cache_launches(plan), sample_launch(plan)]
+    decode_sizes = decode_batches(plan.slots)
+    kinds = [largest(plan.profiles[PREFILL]), *({"tokens": n, "rows": n} for n in decode_sizes)]
+    for step in plan.steps:
+        if step.kind != "engine":
+            launches += [exchange(plan, step, sizes).launch for sizes in kinds]
     return list({launch.kernel.key: launch.kernel for launch in launches if launch}.values())
