@@ -167,6 +167,12 @@ class SafetensorsFile:
         flat = np.frombuffer(self._mapped, np.uint8, info.nbytes, info.start)
         return flat.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
+    def release(self) -> None:
+        """Let go of the memory of what is mapped: what is touched again is read again, from the
+        system's cache if it is there."""
+        if self._mapped is not None:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
     def fill(self, name: str, first: int, out: NDArray[np.uint8]) -> None:
         """Copy the tensor's bytes from number `first` on into `out`, which they fill."""
         info = self.tensors[name]

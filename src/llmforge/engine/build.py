@@ -132,6 +132,9 @@ class _Reported:
     def map(self, parameter: Parameter) -> Array:
         return self._advance(self._weights.map(parameter))
 
+    def release(self) -> None:
+        self._weights.release()
+
     def report(self, fraction: float) -> None:
         """Reading is what takes time here."""
 

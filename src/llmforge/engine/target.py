@@ -36,6 +36,10 @@ class Weights(Protocol):
         one piece."""
         ...
 
+    def release(self) -> None:
+        """Let go of the memory of what is mapped: what is touched again is read again."""
+        ...
+
     def report(self, fraction: float) -> None:
         """How much of its work, from 0 to 1, a target has done where reading is not most of it."""
         ...

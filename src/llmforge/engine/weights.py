@@ -47,6 +47,10 @@ class RankWeights:
                 return self.checkpoint.map(spec.name)[pieces[0].start : pieces[0].stop]
         return self.read(parameter)
 
+    def release(self) -> None:
+        """Let go of the memory of what is mapped: what is touched again is read again."""
+        self.checkpoint.release()
+
     def report(self, fraction: float) -> None:
         """Nobody listens here."""
 
@@ -69,10 +73,13 @@ class RankWeights:
         return runs[0] if len(runs) == 1 else np.concatenate(runs, axis=dim)
 
     def _cuts(self, spec: ParamSpec) -> dict[int, tuple[Piece, ...]]:
-        """This rank's pieces of each dimension that is cut."""
+        """This rank's pieces of each dimension that it has not all of."""
         topology = self.topology
-        return dict(
-            spec.shard.cuts(
-                topology.tensor_rank(self.rank), topology.tensor_parallel, topology.expert_parallel
-            )
+        cuts = spec.shard.cuts(
+            topology.tensor_rank(self.rank), topology.tensor_parallel, topology.expert_parallel
         )
+        return {
+            dim: pieces
+            for dim, pieces in cuts
+            if len(pieces) > 1 or pieces[0] != Piece(0, spec.shape[dim])
+        }

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmforge.checksum import new_checksum
+from llmforge.engine.target import Weights
 from llmforge.engine.tensorrt.io import Profile
 from llmforge.engine.tensorrt.lowering.rank import Engine
 from llmforge.engine.tensorrt.package import Package
 from llmforge.errors import BuildError
 from llmforge.kernels.compile import DEFAULT_CACHE
+
+_RELEASE_SECONDS = 0.1
 
 Fraction = Callable[[float], None]
 """Called with how much of an engine is done, from 0 to 1."""
@@ -38,10 +42,15 @@ def build_engine(
     options: BuildOptions,
     dtype: str,
     path: Path,
+    weights: Weights,
     report: Fraction,
 ) -> tuple[int, str]:
     """Write the engine to `path`; its size and checksum. Raises BuildError where TensorRT fails or
-    logs an error."""
+    logs an error.
+
+    TensorRT copies the weights, one after the other. What it has read of the mapped ones is let go
+    meanwhile, or they would be in memory twice.
+    """
     builder, network = engine.network.builder, engine.network.network
     config = package.create_config(
         builder, dtype, options.archs, options.workspace_gb, options.optimization_level
@@ -52,7 +61,7 @@ def build_engine(
     if monitor is not None:
         config.progress_monitor = monitor
     cache = _load_timing_cache(package, config, options.timing_cache)
-    with _EngineFile(path) as file:
+    with _EngineFile(path) as file, _repeatedly(weights.release):
         built = package.build(builder, network, config, file.write)
         package.messages.check(f"{path.name} cannot be built")
         if not built:
@@ -61,6 +70,24 @@ def build_engine(
     if cache is not None and options.timing_cache is not None:
         _store_timing_cache(config, options.timing_cache)
     return result
+
+
+@contextlib.contextmanager
+def _repeatedly(function: Callable[[], None]) -> Iterator[None]:
+    """Calls the function again and again from a thread of its own."""
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.wait(_RELEASE_SECONDS):
+            function()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _add_profile(builder: Any, config: Any, engine: Engine, profile: Profile) -> None:

@@ -30,9 +30,10 @@ from llmforge.parallel import Topology
 from llmforge.settings import BuildSettings
 
 _INDEX_LIMIT = 2**31 - 1  # elements of a tensor that TensorRT can index
-# What building takes, beside the package itself: the weights as they are mapped, TensorRT's copy,
-# and the engine as it is put together (measured: benchmarks/results/tensorrt_build.json).
-_PEAK_BY_WEIGHTS, _PEAK_FIXED = 3.2, 10**9
+# The memory that building takes: so many times the weights (TensorRT's copy and what it makes of
+# it; where the engine is not written as a stream, all of that too), and the package itself.
+# Measured: benchmarks/results/tensorrt_build.json.
+_PEAK_STREAMED, _PEAK_WHOLE, _PEAK_FIXED = 2.0, 3.2, 5 * 10**8
 
 
 class TensorRTTarget:
@@ -107,7 +108,9 @@ class TensorRTTarget:
         )
 
     def compile_peak(self, plan: MemoryPlan) -> int:
-        return int(_PEAK_BY_WEIGHTS * plan.weights) + _PEAK_FIXED
+        streamed = self._package().features.stream_writer
+        times = _PEAK_STREAMED if streamed else _PEAK_WHOLE
+        return int(times * plan.weights) + _PEAK_FIXED
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         package, options = self._package(), self._options
@@ -125,6 +128,7 @@ class TensorRTTarget:
                 options,
                 dtype,
                 out / engine.step.file,
+                weights,
                 lambda share, done=done: weights.report((done + share) / count),  # type: ignore[misc]
             )
         plan = lowering.plan(options.archs, "" if options.archs else _gpu_name())
