@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import emulated_exchange
 import numpy as np
 from emulated_device import EmulatedMemory, Kernel
 
@@ -73,4 +74,8 @@ def _row(params: Any, history: Any) -> SampleRow:
     )
 
 
-KERNELS: dict[str, Kernel] = {"cache_write": cache_write, "sample": draw}
+KERNELS: dict[str, Kernel] = {
+    "cache_write": cache_write,
+    "sample": draw,
+    **emulated_exchange.KERNELS,
+}

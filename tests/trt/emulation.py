@@ -114,8 +114,7 @@ class EmulatedBuilder:
         data = self.build_serialized_network(network, config)
         for start in range(0, len(data), 1 << 16):
             piece = data[start : start + (1 << 16)]
-            buffer = ctypes.create_string_buffer(piece, len(piece))
-            if writer.write(_capsule(ctypes.addressof(buffer)), len(piece)) != len(piece):
+            if writer.write(piece) != len(piece):
                 return False
         return True
 
@@ -317,16 +316,6 @@ def _view(
         count *= size
     raw = device.memory.bytes_at(address, count * dtype.itemsize)
     return torch.from_numpy(raw).view(dtype).view(shape)
-
-
-def _capsule(address: int) -> Any:
-    """A bare pointer as bindings hand it out."""
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = (
-        ctypes.py_object,
-        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
-    )
-    return new(address, None, None)
 
 
 def _address_of(capsule: Any) -> int:
