@@ -1,7 +1,7 @@
 """Real TensorRT engines on this machine's GPU: the tokens they give, and their speed.
 
-    python benchmarks/tensorrt_gpu.py prepare DATA            (anywhere, with torch and transformers)
-    python benchmarks/tensorrt_gpu.py measure DATA OUT        (with TensorRT and a GPU; no torch)
+    python benchmarks/tensorrt_gpu.py prepare DATA       (anywhere, with torch and transformers)
+    python benchmarks/tensorrt_gpu.py measure DATA OUT   (with TensorRT and a GPU; no torch)
 
 `prepare` writes checkpoints and what the cpu target gives for them. `measure` builds and runs them
 in parts, each a process of its own with a time limit, and writes OUT/tensorrt_gpu.json anew after
@@ -52,7 +52,7 @@ TINY_LIMITS = {"max_batch_size": 3, "max_seq_len": 48, "max_num_tokens": 16}
 SPEED_LIMITS = {"max_batch_size": 8, "max_seq_len": 512, "max_num_tokens": 512}
 INPUT_LEN, OUTPUT_LEN, SPEED_BATCHES = 128, 256, (1, 8)
 PARTS = {"example": 150, "ranks": 200, "tiny": 240, "speed": 420}  # seconds at most
-TINY_AT_ONCE = 6
+TINY_AT_ONCE = 10
 
 
 # -- what is computed, on any target --------------------------------------------------------------
@@ -237,7 +237,7 @@ def ranks(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
         seconds = build_for(TARGET, data / "example-float32", engine, EXAMPLE_LIMITS, **layout)
         command = ["mpirun", "-n", "2", "--oversubscribe", "--bind-to", "none", sys.executable]
         command += ["-m", "llmforge", "run", str(engine), "--prompts", str(prompts), "--json"]
-        command += ["--temperature", "0"]
+        command += ["--temperature", "0", "--ignore-eos"]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, timeout=90)
         got = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -335,8 +335,8 @@ def measure(data: Path, out: Path, parts: Sequence[str]) -> None:
 
     def start(part: str) -> subprocess.Popen[str]:
         command = [sys.executable, __file__, "part", str(data), str(scratch), part]
-        log = open(out / f"{part}.log", "w")
-        return subprocess.Popen(command, stdout=log, stderr=log, text=True)
+        with open(out / f"{part}.log", "w") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, text=True)
 
     def finish(part: str, process: subprocess.Popen[str]) -> None:
         try:
