@@ -64,7 +64,9 @@ class Module:
         self.__version__ = str(self._shown.__version__)
         module = self
 
-        class Builder(EmulatedBuilder):
+        streams = hasattr(self._shown.Builder, "build_serialized_network_to_stream")
+
+        class Builder(StreamingBuilder if streams else EmulatedBuilder):  # type: ignore[misc]
             def __init__(self, logger: Any) -> None:
                 super().__init__(module, logger)
 
@@ -72,11 +74,6 @@ class Module:
             def __init__(self, logger: Any) -> None:
                 super().__init__(module, logger)
 
-        if self.api is not None and not hasattr(
-            self._shown.Builder, "build_serialized_network_to_stream"
-        ):
-            Builder.build_serialized_network_to_stream = property()  # type: ignore[assignment]
-            del Builder.build_serialized_network_to_stream
         self.Builder, self.Runtime = Builder, Runtime
 
     def __getattr__(self, name: str) -> Any:
@@ -110,6 +107,8 @@ class EmulatedBuilder:
         blueprint = Blueprint(self._module.__version__, program, tuple(config.profiles))
         return HostMemory(MAGIC + pickle.dumps(blueprint))
 
+
+class StreamingBuilder(EmulatedBuilder):
     def build_serialized_network_to_stream(self, network: Any, config: Any, writer: Any) -> bool:
         data = self.build_serialized_network(network, config)
         for start in range(0, len(data), 1 << 16):

@@ -17,9 +17,7 @@ import tensorrt_rtx
 _TABLE: Mapping[str, Any] = json.loads((Path(__file__).parent / "published_api.json").read_text())
 VERSIONS = ("8.6", "10.0", "10.8", "10.13", "10.14", "10.15", "10.16", "11.1")
 # Classes that are inherited from, or made by hand, as they are.
-_AS_THEY_ARE = (
-    "ILogger", "IProgressMonitor", "IStreamWriter", "Weights", "Permutation", "Dims", "DataType",
-)  # fmt: skip
+_AS_THEY_ARE = ("ILogger", "IProgressMonitor", "IStreamWriter", "Weights", "Permutation", "Dims")
 
 
 class NotPublished(AttributeError):
@@ -150,7 +148,7 @@ class Shown:
         api, real, cls = self._parts
         if api.forms(cls, name) != [""]:
             raise NotPublished(f"{cls}.{name} is a method")
-        if hasattr(type(real), name):
+        if getattr(getattr(type(real), name, None), "fset", None) is not None:
             setattr(real, name, bare(value))
         else:
             self._extra[name] = value

@@ -76,6 +76,9 @@ class MemoryCheckpoint:
     def map(self, name: str) -> Array:
         return self._values[name]
 
+    def release(self) -> None:
+        """Nothing is mapped."""
+
     def of_rank(self, topology: Topology, rank: int) -> RankWeights:
         return RankWeights(self, topology, rank)  # type: ignore[arg-type]
 
