@@ -275,7 +275,7 @@ class Network:
     def _checked(self, tensor: Any) -> Any:
         try:
             len(tensor.shape)
-        except (AttributeError, ValueError) as error:  # none, or a shape that is an error
+        except (AttributeError, RuntimeError, ValueError) as error:  # none, or without a shape
             raise self._failed("output", self.label) from error
         return tensor
 
