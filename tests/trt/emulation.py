@@ -139,11 +139,32 @@ class EmulatedConfig:
         self.profiles.append(profile.shapes)
         return len(self.profiles) - 1
 
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> EmulatedTimingCache:
+        return EmulatedTimingCache(bytes(serialized_timing_cache))
+
+    def set_timing_cache(self, cache: EmulatedTimingCache, ignore_mismatch: bool) -> bool:
+        """False for what is no timing cache, or is another version's."""
+        object.__setattr__(self, "_cache", cache)
+        return cache.data in (b"", EmulatedTimingCache.MAGIC)
+
+    def get_timing_cache(self) -> EmulatedTimingCache:
+        return EmulatedTimingCache(EmulatedTimingCache.MAGIC)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._real, name, value)
+
+
+class EmulatedTimingCache:
+    MAGIC = b"EMULATED TIMINGS\n"
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def serialize(self) -> bytes:
+        return self.data
 
 
 class EmulatedRuntime:
