@@ -16,6 +16,7 @@ from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families import plan_for, read_config
 from llmforge.checkpoint.hf_config import read_json
 from llmforge.checkpoint.mapping import SOURCE_DTYPES, Plan
+from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.sources.torch_file import TorchFile
 from llmforge.errors import SourceError
 from llmforge.safetensors_io import Array, SafetensorsFile, TensorInfo
@@ -65,7 +66,7 @@ class HfSource:
         }
         config = self._untie(config, warn)
         self.plan: Plan = plan_for(family, config, self.tensors, str(directory))
-        self.config = dataclasses.replace(config, dtype=self._common_dtype(warn))
+        self.config = dataclasses.replace(config, dtype=self._common_dtype(config, warn))
         self.description: Mapping[str, Any] = {
             "source": "huggingface",
             "name": directory.resolve().name,
@@ -85,12 +86,16 @@ class HfSource:
         for file in self._files.values():
             file.close()
 
-    def _common_dtype(self, warn: Warn) -> str:
-        """The dtype of most of the weights' bytes."""
+    def _common_dtype(self, config: ModelConfig, warn: Warn) -> str:
+        """The dtype of most of the bytes of weights that are not quantized."""
         sizes: dict[str, int] = {}
+        specs = parameters(config)
         for group in self.plan.groups:
-            for name in group.theirs:
-                dtype = self.tensors[name].dtype
+            dtypes = [self.tensors[name].dtype for name in group.theirs]
+            fixed = all(specs[name].dtype for name in group.ours if name in specs)
+            if fixed or any(dtype not in SOURCE_DTYPES for dtype in dtypes):
+                continue  # stored in a dtype of its own, or quantized
+            for name, dtype in zip(group.theirs, dtypes, strict=True):
                 sizes[dtype] = sizes.get(dtype, 0) + self.tensors[name].nbytes
         common = max(sizes, key=lambda dtype: (sizes[dtype], dtype))
         ours = "float32" if common == "float64" else common
