@@ -5,7 +5,7 @@ from __future__ import annotations
 from case import Case, rope
 
 _EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
-_MANY = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+_MANY = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 _ALL = {"num_experts_per_tok": 6}
 _YARN = rope(
     "yarn",
@@ -21,7 +21,7 @@ _LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
     "q_lora_rank": 24,
-    "moe_intermediate_size": 20,
+    "moe_intermediate_size": 24,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "first_k_dense_replace": 1,
@@ -84,7 +84,7 @@ MIXTURES = [
         {
             "head_dim": 16,
             "n_routed_experts": 8,
-            "moe_intermediate_size": 20,
+            "moe_intermediate_size": 24,
             "num_experts_per_tok": 3,
             "routed_scaling_factor": 1.5,
             "use_qk_norm": True,
