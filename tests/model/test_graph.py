@@ -187,6 +187,16 @@ def test_merge_linears_joins_a_parallel_block_by_biases() -> None:
     assert (*names, "layers.0.mlp.up.weight") in merged
 
 
+def test_ranks_meet_once_in_a_parallel_block() -> None:
+    parallel = dataclasses.replace(CONFIG, parallel_block=True, mlp_bias=True)
+    for shared, ranks in ((False, 2), (True, 4)):
+        graph = trace(dataclasses.replace(parallel, shared_norm=shared), Topology(ranks), 0)
+        # One for the embedding, one a layer; the biases of o and down are added behind it.
+        assert ops(graph).count("all_reduce") == 1 + CONFIG.num_layers
+    graph = trace(CONFIG, Topology(2), 0)
+    assert ops(graph).count("all_reduce") == 1 + 2 * CONFIG.num_layers
+
+
 def test_each_rank_has_the_slopes_of_its_heads() -> None:
     for ranks in (1, 2, 4):
         slopes: list[float] = []
