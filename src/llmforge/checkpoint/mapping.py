@@ -70,6 +70,7 @@ class Group:
     part: it fills a run of its parameter, the next one; groups of a parameter stand in order.
     rows: of each tensor, only this run of its first dimension takes part.
     shape: that the first of `theirs` must have; (): whatever `convert` takes.
+    own_dtype: its parameters are stored in one that is not the model's.
     """
 
     theirs: tuple[str, ...]
@@ -79,6 +80,7 @@ class Group:
     part: bool = False
     rows: tuple[int, int] | None = None
     shape: tuple[int, ...] = ()
+    own_dtype: bool = False
     dtypes: tuple[str, ...] = SOURCE_DTYPES
 
 
@@ -167,7 +169,16 @@ def _groups(
 
     def group(theirs: tuple[str, ...], shape: tuple[int, ...] = (), **more: Any) -> Group:
         size = sum(tensors[name].nbytes for name in theirs if name in tensors)
-        return Group(theirs, rule.ours, rule.convert, size, shape=shape, dtypes=rule.dtypes, **more)
+        return Group(
+            theirs,
+            rule.ours,
+            rule.convert,
+            size,
+            shape=shape,
+            own_dtype=all(specs[name].dtype for name in rule.ours if name in specs),
+            dtypes=rule.dtypes,
+            **more,
+        )
 
     if not rule.stacks:
         # A rule may also name parameters that this model has not; see _check_rules.

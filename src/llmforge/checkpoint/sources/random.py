@@ -35,6 +35,7 @@ class RandomSource:
 
     def __init__(self, config_file: Path, seed: int = 0, dtype: str | None = None) -> None:
         _, config = read_config(config_file)
+        self.kind = f"random weights, family {config.family}"
         self.config = dataclasses.replace(config, dtype=dtype or config.dtype)
         self.tokenizer_directory: Path | None = config_file.parent
         self.description: Mapping[str, Any] = {
