@@ -269,6 +269,7 @@ def test_what_it_is_is_told(hf: Hf, tmp_path: Path) -> None:
     )
     assert notices == ["source: NeMo archive, ranks of tp 2, pp 2"]
     assert any("no tokenizer tells how many of the embedding's 102 rows" in w for w in warnings)
+    assert any(f"there is no tokenizer in {path}: the checkpoint" in w for w in warnings)
     assert any("which names meta-llama/Llama: put its tokenizer.json" in w for w in warnings)
     assert manifest.data["config"]["vocab_size"] == 102
 
