@@ -78,7 +78,7 @@ def test_residual_and_norm_are_part_of_the_all_reduce() -> None:
             for i in program.instructions
             if isinstance(i.call, Launch) and i.call.kernel.entry == "all_reduce"
         ]
-        # The embedding, then two of each layer, whose sum is normed in the same kernel, but the last.
+        # The embedding, then two of each layer, normed in the same kernel but for the last.
         assert [(d["ADD"], d["NORM"]) for d in joined] == [(0, 0), *[(1, 1)] * 3, (1, 0)]
 
 
