@@ -4,13 +4,16 @@
     python benchmarks/tensorrt_gpu.py measure DATA OUT   (with TensorRT and a GPU; no torch)
 
 `prepare` writes checkpoints and what the cpu target gives for them. `measure` builds and runs them
-in parts, each a process of its own with a time limit, and writes OUT/tensorrt_gpu.json anew after
-each of them:
+in parts, each a process of its own with a time limit, and writes OUT/tensorrt_gpu.json:
 
     example   examples/drama-3m: float32 tokens equal the cpu target's, float16 logits are close
     tiny      a tiny random model of every architecture: float32 tokens equal the cpu target's
     ranks     the example on two tensor-parallel ranks of one GPU, and on two pipeline stages
+    cache     a tiny model built twice with one timing cache
     speed     a Llama-3.2-1B-shaped float16 model: build time, size, TPOT beside the floor
+
+Builds take the time of one core each, so all parts run at once; `speed` waits for the others to end
+before it measures. Build times are therefore those of a busy machine.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT / "src")
 
 from llmforge.checkpoint.config import ModelConfig  # noqa: E402
+from llmforge.checkpoint.store import Checkpoint  # noqa: E402
 from llmforge.comm import LocalComm  # noqa: E402
 from llmforge.engine.build import build  # noqa: E402
 from llmforge.engine.step import StepBatch  # noqa: E402
@@ -51,8 +55,8 @@ EXAMPLE_LIMITS = {"max_batch_size": 4, "max_seq_len": 256, "max_num_tokens": 64}
 TINY_LIMITS = {"max_batch_size": 3, "max_seq_len": 48, "max_num_tokens": 16}
 SPEED_LIMITS = {"max_batch_size": 8, "max_seq_len": 512, "max_num_tokens": 512}
 INPUT_LEN, OUTPUT_LEN, SPEED_BATCHES = 128, 256, (1, 8)
-PARTS = {"example": 150, "ranks": 200, "tiny": 240, "speed": 420}  # seconds at most
-TINY_AT_ONCE = 10
+PARTS = {"example": 180, "ranks": 240, "tiny": 270, "cache": 120, "speed": 330}  # seconds
+TINY_AT_ONCE = 11
 
 
 # -- what is computed, on any target --------------------------------------------------------------
@@ -113,7 +117,9 @@ def logits(engine: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
 def build_for(
     name: str, checkpoint: Path, engine: Path, limits: dict[str, int], **more: Any
 ) -> float:
-    """Build, and return the seconds that took."""
+    """Build, and return the seconds that took. TensorRT's own cache is not used."""
+    if name == TARGET:
+        more = {"timing_cache": f"{engine}.timing", **more}
     started = time.perf_counter()
     build(checkpoint, engine, BuildSettings(target=name, overwrite=True, **limits, **more))
     return time.perf_counter() - started
@@ -169,9 +175,14 @@ def prepare(data: Path) -> None:
 def example(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
     expected = json.loads((data / "expected.json").read_text())["example"]
     found: dict[str, Any] = {}
-    for dtype in ("float32", "float16"):
-        checkpoint, engine = data / f"example-{dtype}", scratch / f"example-{dtype}"
-        seconds = build_for(TARGET, checkpoint, engine, EXAMPLE_LIMITS)
+
+    def built(dtype: str) -> float:
+        return build_for(
+            TARGET, data / f"example-{dtype}", scratch / f"example-{dtype}", EXAMPLE_LIMITS
+        )
+
+    for dtype, seconds in at_once(built, ["float32", "float16"]):
+        engine = scratch / f"example-{dtype}"
         got = tokens(engine, EXAMPLE_LIMITS)
         config: ModelConfig = Engine.open(engine).config
         comparison = compare_logits(logits(engine), np.load(data / f"example-{dtype}.npy"), config)
@@ -189,6 +200,14 @@ def example(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
         report(found)
 
 
+def at_once(function: Callable[[str], Any], names: Iterable[str], most: int = 4) -> Iterator[Any]:
+    """(name, function(name)) as they are done. Builds are processes of their own."""
+    with concurrent.futures.ThreadPoolExecutor(most) as pool:
+        jobs = {pool.submit(function, name): name for name in names}
+        for job in concurrent.futures.as_completed(jobs):
+            yield jobs[job], job.result()
+
+
 def tiny_one(data: Path, scratch: Path, name: str) -> dict[str, Any]:
     expected = json.loads((data / "expected.json").read_text())["tiny"][name]
     seconds = build_for(TARGET, data / "tiny" / name, scratch / name, TINY_LIMITS)
@@ -201,48 +220,54 @@ def tiny(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
     expected = json.loads((data / "expected.json").read_text())["tiny"]
     found: dict[str, Any] = {}
 
-    def one(name: str) -> tuple[str, Any]:
+    def one(name: str) -> Any:
         command = [sys.executable, __file__, "one", str(data), str(scratch), name]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=150)
         except subprocess.TimeoutExpired:
-            return name, {"error": "more than 100 s"}
+            return {"error": "more than 150 s"}
         if done.returncode:
-            return name, {"error": done.stderr.strip().splitlines()[-1:]}
-        return name, json.loads(done.stdout.splitlines()[-1])
+            return {"error": done.stderr.strip().splitlines()[-1:]}
+        return json.loads(done.stdout.splitlines()[-1])
 
-    with concurrent.futures.ThreadPoolExecutor(TINY_AT_ONCE) as pool:
-        for job in concurrent.futures.as_completed([pool.submit(one, n) for n in expected]):
-            name, result = job.result()
-            found[name] = result
-            report(found)
+    for name, result in at_once(one, expected, TINY_AT_ONCE):
+        found[name] = result
+        report(found)
+
+
+def cache(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
+    timing = str(scratch / "shared.timing")
+    seconds = [
+        build_for(TARGET, data / "tiny/llama", scratch / "cache", TINY_LIMITS, timing_cache=timing)
+        for _ in range(2)
+    ]
+    report({"build_s": seconds, "bytes": Path(timing).stat().st_size})
 
 
 def ranks(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
     """Through the command line, as a user does."""
     expected = json.loads((data / "expected.json").read_text())["example"]
-    vocab_size = Engine.open(scratch / "example-float32").config.vocab_size
+    checkpoint = data / "example-float32"
     lines = [
         json.dumps({"token_ids": request.token_ids, "max_new_tokens": request.max_new_tokens})
-        for request in requests(vocab_size, EXAMPLE_LIMITS, 6)
+        for request in requests(Checkpoint.open(checkpoint).config.vocab_size, EXAMPLE_LIMITS, 6)
     ]
     prompts = scratch / "prompts.jsonl"
     prompts.write_text("\n".join(lines) + "\n")
     found: dict[str, Any] = {}
-    for name, layout in {
-        "tensor_parallel": {"tensor_parallel": 2},
-        "pipeline_parallel": {"pipeline_parallel": 2},
-    }.items():
-        engine = scratch / name
-        seconds = build_for(TARGET, data / "example-float32", engine, EXAMPLE_LIMITS, **layout)
+
+    def built(layout: str) -> float:
+        return build_for(TARGET, checkpoint, scratch / layout, EXAMPLE_LIMITS, **{layout: 2})
+
+    for layout, seconds in at_once(built, ["tensor_parallel", "pipeline_parallel"]):
         command = ["mpirun", "-n", "2", "--oversubscribe", "--bind-to", "none", sys.executable]
-        command += ["-m", "llmforge", "run", str(engine), "--prompts", str(prompts), "--json"]
-        command += ["--temperature", "0", "--ignore-eos"]
+        command += ["-m", "llmforge", "run", str(scratch / layout), "--prompts", str(prompts)]
+        command += ["--json", "--temperature", "0", "--ignore-eos"]
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
         got = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         by_index = {line["index"]: line["token_ids"] for line in got}
-        found[name] = {
+        found[layout] = {
             "build_s": seconds,
             "run_s": time.perf_counter() - started,
             "same_tokens": sum(by_index.get(i) == e for i, e in enumerate(expected)),
@@ -260,7 +285,8 @@ def speed(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
              "-o", checkpoint)  # fmt: skip
     limits = [f"--{n.replace('_', '-')}={v}" for n, v in SPEED_LIMITS.items()]
     started = time.perf_counter()
-    llmforge("build", checkpoint, "-o", engine, "--target", TARGET, *limits)
+    llmforge("build", checkpoint, "-o", engine, "--target", TARGET,
+             "--timing-cache", scratch / "speed.timing", *limits)  # fmt: skip
     found["build_s"] = time.perf_counter() - started
     files = [f for f in engine.rglob("*") if f.is_file()]
     found["engine_bytes"] = sum(f.stat().st_size for f in files)
@@ -320,43 +346,43 @@ def llmforge(*arguments: Any) -> None:
 
 
 def measure(data: Path, out: Path, parts: Sequence[str]) -> None:
-    """All parts; `speed` builds while the others run, and measures when they are done."""
+    """Run the parts, all at once."""
     scratch = Path(os.environ.get("TMPDIR", "/tmp")) / "tensorrt_gpu"
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "quiet").unlink(missing_ok=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
     started = time.perf_counter()
     results: dict[str, Any] = {"machine": machine(), "parts": {}, "errors": {}}
-
-    def collect() -> None:
+    waiting = {part: start(part, data, scratch, out) for part in parts}
+    while waiting:
+        seconds = time.perf_counter() - started
+        for part, process in tuple(waiting.items()):
+            if process.poll() is None and seconds < PARTS[part]:
+                continue
+            process.kill()
+            if process.wait():
+                late = f"more than {PARTS[part]} s: " if seconds >= PARTS[part] else ""
+                results["errors"][part] = late + (out / f"{part}.log").read_text()[-3000:]
+            del waiting[part]
+            print(f"{seconds:6.1f} s  {part} {results['errors'].get(part, '')}")
+        if set(waiting) <= {"speed"}:
+            (scratch / "quiet").touch()
         for part in parts:
             if (path := scratch / f"{part}.json").exists():
                 results["parts"][part] = json.loads(path.read_text())
         (out / "tensorrt_gpu.json").write_text(json.dumps(results, indent=1))
+        time.sleep(0.5)
+    print(json.dumps({k: v for k, v in results["parts"].items() if k != "tiny"})[-6000:])
+    tiny = results["parts"].get("tiny", {})
+    print(f"tiny: {sum(r.get('same', False) for r in tiny.values())} of {len(tiny)} the same")
+    for name, result in tiny.items():
+        if not result.get("same"):
+            print(name, result)
 
-    def start(part: str) -> subprocess.Popen[str]:
-        command = [sys.executable, __file__, "part", str(data), str(scratch), part]
-        with open(out / f"{part}.log", "w") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, text=True)
 
-    def finish(part: str, process: subprocess.Popen[str]) -> None:
-        try:
-            left = PARTS[part] if part != "speed" else PARTS[part] - (time.perf_counter() - started)
-            if process.wait(timeout=max(left, 1)):
-                results["errors"][part] = (out / f"{part}.log").read_text()[-3000:]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            results["errors"][part] = f"more than {PARTS[part]} s"
-        collect()
-        print(f"{time.perf_counter() - started:6.1f} s  {part} {results['errors'].get(part, '')}")
-
-    speeding = start("speed") if "speed" in parts else None
-    for part in parts:
-        if part != "speed":
-            finish(part, start(part))
-    (scratch / "quiet").touch()
-    if speeding is not None:
-        finish("speed", speeding)
-    print(json.dumps(results["parts"])[-3000:])
+def start(part: str, data: Path, scratch: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "part", str(data), str(scratch), part]
+    with open(out / f"{part}.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True)
 
 
 def machine() -> dict[str, Any]:
@@ -382,8 +408,19 @@ def main() -> None:
     elif command == "part":
         data, scratch, part = arguments
         path = Path(scratch) / f"{part}.json"
-        functions = {"example": example, "tiny": tiny, "ranks": ranks, "speed": speed}
-        functions[part](Path(data), Path(scratch), lambda found: path.write_text(json.dumps(found)))
+        functions = {
+            "example": example,
+            "tiny": tiny,
+            "ranks": ranks,
+            "cache": cache,
+            "speed": speed,
+        }
+
+        def report(found: Any) -> None:
+            path.with_suffix(".new").write_text(json.dumps(found))
+            path.with_suffix(".new").replace(path)
+
+        functions[part](Path(data), Path(scratch), report)
     else:
         raise SystemExit(__doc__)
 

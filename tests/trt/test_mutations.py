@@ -110,6 +110,13 @@ def without_mean(patch: Patch) -> None:
     patch.setattr(TABLE["layer_norm"], "primitives", row)
 
 
+def without_sinks(patch: Patch) -> None:
+    def change(row: Any, g: Any, *given: Any, **attrs: Any) -> Any:
+        return row(g, *given[:-1], None, **attrs)
+
+    wrap(patch, "scored_attention", change)
+
+
 def relu_for_silu(patch: Patch) -> None:
     patch.setitem(basic.ACTIVATIONS, "silu", basic.ACTIVATIONS["relu"])
 
@@ -154,6 +161,18 @@ MUTATIONS: dict[str, tuple[str, Mutation]] = {
     "slopes exchanged": ("bloom", attribute("scored_attention", slopes=lambda s: s[::-1])),
     "logits not capped": ("gemma2", output("soft_cap", lambda g, right, x: x)),
     "embedding not scaled": ("gemma", attribute("scale", factor=lambda _: 1.0)),
+    "an expert too few": ("mixture", attribute("route", top_k=lambda k: k - 1)),
+    "experts not weighed": (
+        "mixture",
+        output("route", lambda g, right, *_: (right[0], g.net.elementwise("MAX", right[1], 1.0))),
+    ),
+    "experts one off": ("mixture", attribute("experts", first=lambda f: f + 1)),
+    "experts not clamped": ("mixture-clamped-sinks", attribute("experts", limit=lambda _: 1e3)),
+    "no sinks": ("mixture-clamped-sinks", without_sinks),
+    "latent attention of another scale": (
+        "latent",
+        attribute("latent_attention", scale=lambda s: s * 1.1),
+    ),
 }
 
 

@@ -1,67 +1,65 @@
-"""Engines by the real builder of tensorrt_rtx, which needs no GPU. They are built and their headers
-read; nothing executes them here."""
+"""Engines by the real builder of tensorrt_rtx, which needs no GPU, of networks that test_build.py's
+are not like. They are built; nothing executes them here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import tensorrt_rtx as trt
-import yaml
-from hand_made import Hand
-from models import BY_NAME
+from emulated_target import emulated_images
+from tiny_models import ONE, MemoryCheckpoint, config_of
 
-from llmforge.checkpoint.convert import convert
-from llmforge.engine.build import build
+from llmforge.engine.step import Limits
+from llmforge.engine.tensorrt import target as targets
+from llmforge.engine.tensorrt.builder import BuildOptions
 from llmforge.engine.tensorrt.plan import RankPlan
-from llmforge.settings import BuildSettings, ConvertSettings
+from llmforge.engine.tensorrt.target import TensorRTTarget
+from llmforge.model.decoder import trace
+from llmforge.parallel import Topology
 
 ARCHS = ("sm_80", "sm_89", "sm_120")
-LIMITS = {"max_batch_size": 2, "max_seq_len": 32, "max_num_tokens": 16}
+LIMITS = Limits(max_batch_size=2, max_seq_len=32, max_num_tokens=16, block_size=32, num_blocks=2)
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of a case by name and dtype."""
-    import torch
-
-    directory = tmp_path_factory.mktemp("checkpoints")
-    BY_NAME["llama"].save(directory / "hf", torch.float32)
-    for dtype in ("bfloat16", "float16"):
-        convert(str(directory / "hf"), directory / dtype, ConvertSettings(dtype=dtype))
-    return directory
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours are compiled by tests/kernels."""
+    monkeypatch.setattr(targets, "write_images", emulated_images)
 
 
-def header(engine: Path) -> bytes:
-    """The part of an engine that says what it is for, checked."""
-    runtime = trt.Runtime(Hand().log)
-    data = engine.read_bytes()
-    assert len(data) > runtime.engine_header_size
-    start = data[: runtime.engine_header_size]
-    # Without a GPU no engine is valid; what is asked here is that the header can be read.
-    validity, reasons = runtime.get_engine_validity(start)
-    assert validity in trt.EngineValidity.__members__.values(), (validity, reasons)
-    return start
+def built(
+    name: str, dtype: str, topology: Topology, directory: Path, *, primitives: bool
+) -> list[Path]:
+    """The engines of the last rank, which has a head, a part of the vocabulary and every layer."""
+    checkpoint = MemoryCheckpoint(config_of(name, dtype))
+    rank = topology.world_size - 1
+    target = TensorRTTarget("tensorrt-rtx", BuildOptions(archs=ARCHS, primitives=primitives))
+    graph = target.prepare(trace(checkpoint.config, topology, rank))
+    target.compile(graph, checkpoint.of_rank(topology, rank), LIMITS, directory)
+    steps = RankPlan.read(directory).steps
+    engines = [directory / step.file for step in steps if step.kind == "engine"]
+    assert all(engine.stat().st_size for engine in engines)
+    return engines
+
+
+# Of each family of networks one: between them every row of the lowering table is built.
+NAMES = (
+    "gemma2", "bloom", "phi3-longrope", "llama-dynamic", "olmo2", "gpt2",
+    "mixture-of-groups", "mixture-clamped-sinks", "latent-mixture",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("primitives", [False, True], ids=["native", "primitives"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_of_the_table_is_built(name: str, primitives: bool, tmp_path: Path) -> None:
+    assert built(name, "float16", ONE, tmp_path, primitives=primitives)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_engines_for_three_architectures(
-    ranks: int, dtype: str, primitives: bool, checkpoints: Path, tmp_path: Path
-) -> None:
-    settings = BuildSettings(
-        target="tensorrt-rtx", arch=ARCHS, tensor_parallel=ranks, primitives=primitives, **LIMITS
-    )
-    build(checkpoints / dtype, tmp_path / "engine", settings)
-    manifest = yaml.safe_load((tmp_path / "engine" / "engine.yaml").read_text())
-    details = manifest["target_details"]
-    assert details["package"] == "tensorrt_rtx" and details["version"] == trt.__version__
-    assert details["archs"] == list(ARCHS)
-    for rank in range(ranks):
-        plan = RankPlan.read(tmp_path / "engine" / f"rank{rank}")
-        files = [step.file for step in plan.steps if step.kind == "engine"]
-        assert plan.archs == ARCHS and plan.primitives == primitives
-        assert (len(files) > 1) == (ranks > 1 and primitives)
-        for file in files:
-            header(tmp_path / "engine" / f"rank{rank}" / file)
+def test_segments_of_two_ranks(dtype: str, tmp_path: Path) -> None:
+    assert len(built("olmo2", dtype, Topology(2, 1), tmp_path, primitives=True)) > 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_collectives_in_the_engine(dtype: str, tmp_path: Path) -> None:
+    assert len(built("olmo2", dtype, Topology(2, 1), tmp_path, primitives=False)) == 1
