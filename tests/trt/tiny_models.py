@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from models import _COMMON, BY_NAME, CASES, VOCABULARY
+from case import _COMMON, VOCABULARY
+from models import BY_NAME, CASES
 
 from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.families import read_config

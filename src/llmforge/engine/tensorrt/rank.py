@@ -54,5 +54,5 @@ class Rank:
     def address(self, name: str) -> int:
         """Of a buffer that all calls share."""
         if self._regions is not None and not self.memory.knows(name):
-            return self._regions.address(name)
+            return self._regions.addresses[name]
         return self.memory.address(name)
