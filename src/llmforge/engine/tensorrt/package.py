@@ -40,6 +40,7 @@ from llmforge.engine.tensorrt.logger import Messages, make_logger
 from llmforge.errors import BuildError, SettingsError, TargetError
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_120")
 _DTYPE_NAMES = {
     "float32": "FLOAT",
     "float16": "HALF",
@@ -66,11 +67,6 @@ class Features:
     compute_capabilities: bool
     timing_cache: bool
     profile_sharing: bool
-
-    @property
-    def native_cache(self) -> bool:
-        """Whether a network can update the caches in place."""
-        return self.cache_update
 
 
 def _features(trt: Any) -> Features:
@@ -240,8 +236,8 @@ class Package:
         return tuple(f"sm_{number}" for number in numbers)
 
     def default_archs(self) -> tuple[str, ...]:
-        """What an engine is for where nobody says: all that have bfloat16."""
-        return tuple(arch for arch in self.known_archs() if int(arch[3:]) >= 80)
+        """What an engine is for where nobody says: TensorRT-RTX's own choice."""
+        return tuple(arch for arch in _DEFAULT_ARCHS if arch in self.known_archs())
 
     def check_archs(self, archs: Sequence[str]) -> None:
         """Raises SettingsError for an architecture that the package cannot build for."""

@@ -22,7 +22,7 @@ from llmforge.engine.tensorrt.io import DECODE, PREFILL, profiles
 from llmforge.engine.tensorrt.lowering.rank import RankLowering, model_dtype
 from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.plan import GRAPH_FILE, KERNELS, PLAN_FILE, RankPlan
-from llmforge.errors import BuildError
+from llmforge.errors import BuildError, TargetError
 from llmforge.kernels import compile as compiler
 from llmforge.kernels.images import ARCHS, PTX_ARCH, Index, write_images
 from llmforge.model.graph import Graph
@@ -56,11 +56,14 @@ class TensorRTTarget:
         return compiler.unavailable()
 
     def configured(self, settings: BuildSettings) -> TensorRTTarget:
+        """Raises TargetError where the package builds only on a GPU and there is none."""
         package = self._package()
         package.check_archs(settings.arch)
+        if not package.known_archs():
+            _gpu_name()
         cache = settings.timing_cache
         options = BuildOptions(
-            archs=settings.arch or package.default_archs(),
+            archs=settings.arch or _default_archs(package),
             workspace_gb=settings.workspace_gb,
             optimization_level=settings.optimization_level,
             primitives=settings.primitives,
@@ -188,7 +191,31 @@ def _query_size(graph: Graph, inputs: tuple[str, ...]) -> int:
     return size if kv_heads * size == latent else int(latent)
 
 
+def _default_archs(package: Package) -> tuple[str, ...]:
+    """This machine's GPU, if the package can build for it, else all that it builds for by
+    itself."""
+    known = package.known_archs()
+    try:
+        local = _gpu_arch() if known else ""
+    except TargetError:
+        local = ""
+    return (local,) if local in known else package.default_archs()
+
+
+def _gpu_arch() -> str:
+    """The architecture of this machine's first GPU. Raises TargetError where there is none."""
+    from llmforge.engine.tensorrt.device import CudaDevice
+
+    device = CudaDevice()
+    try:
+        major, minor = device.capability
+        return f"sm_{major}{minor}"
+    finally:
+        device.close()
+
+
 def _gpu_name() -> str:
+    """The kind of this machine's first GPU. Raises TargetError where there is none."""
     from llmforge.engine.tensorrt.device import CudaDevice
 
     device = CudaDevice()
