@@ -100,7 +100,7 @@ def test_build_and_run_give_the_texts_of_the_cpu_target(
     rig = Rig(monkeypatch, version, capability=(8, 9))
     install(monkeypatch, rig)
     engine = tmp_path / "engine"
-    own = ("--timing-cache", tmp_path / "timings") if version else ("--arch", "sm_89")
+    own = () if version else ("--arch", "sm_89")
     built = ("build", "checkpoint", "-o", engine, "--target", rig.name, *own, *LIMITS)
     assert llmforge(*built) == 0
     assert texts(capsys, engine) == expected
@@ -121,6 +121,15 @@ def test_a_timing_cache_is_kept_and_a_broken_one_counts_as_none(
     timings.write_bytes(b"\0 not a cache")
     assert llmforge("build", "checkpoint", "-o", tmp_path / "b", *own) == 0
     assert timings.read_bytes() == kept
+
+
+def test_the_timing_cache_of_8_6_is_refused(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, Rig(monkeypatch, "8.6"))
+    own = ("--target", "tensorrt", "--timing-cache", tmp_path / "timings")
+    assert llmforge("build", "checkpoint", "-o", tmp_path / "a", *own) != 0
+    assert "no timing cache that works; leave out --timing-cache" in capsys.readouterr().err
 
 
 # -- engines that cannot be run, in a line ---------------------------------------------------------
