@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmforge.comm import Comm
-from llmforge.engine.cuda.lowering import LOWERINGS, lower, refuse
-from llmforge.engine.cuda.program import Program, StepShape
+from llmforge.engine.cuda.lowering import COLLECTIVES, LOWERINGS, lower, refuse
+from llmforge.engine.cuda.program import Links, Program, StepShape
 from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
@@ -34,6 +34,7 @@ GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 PLAN_FILE = "plan.json"
 KERNELS = "kernels"
+_ALL_DIRECT = Links()
 
 
 class CudaTarget:
@@ -64,8 +65,8 @@ class CudaTarget:
             refused.add("attention sinks")
         if refused:
             raise BuildError(
-                f"the cuda target cannot execute {', '.join(sorted(refused))} yet; build with "
-                "tensor_parallel 1 and pipeline_parallel 1, or for the target cpu"
+                f"the cuda target cannot execute {', '.join(sorted(refused))} yet; build for the "
+                "target cpu"
             )
         return apply(graph, PASSES)
 
@@ -73,10 +74,13 @@ class CudaTarget:
         """Weights, KV cache with the spare block, and the buffers that all steps share."""
         sizes = largest_step(limits)
         sizes["blocks"] += 1
+        lowered = programs(graph, limits, PTX_ARCH)
+        # Two slots of each: kernels/csrc/exchange.cuh.
+        shared = 2 * (max(p.group_slot for p in lowered) + max(p.mail_slot for p in lowered))
         return MemoryPlan(
             weights=sum(nbytes(p, sizes) for p in graph.parameters),
             kv_cache=sum(nbytes(s, sizes) for s in graph.states),
-            activations=max(p.arena_bytes for p in programs(graph, limits, PTX_ARCH)),
+            activations=max(p.arena_bytes for p in lowered) + shared,
         )
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
@@ -94,7 +98,7 @@ class CudaTarget:
             raise TargetError(f"this engine is for the target cuda and cannot run here: {reason}")
         from llmforge.engine.cuda.executable import CudaExecutable
 
-        return CudaExecutable.open(directory, limits)
+        return CudaExecutable.open(directory, topology, limits, comm)
 
 
 def _no_gpu() -> str | None:
@@ -131,22 +135,26 @@ def decode_buckets(limits: Limits) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
-def programs(graph: Graph, limits: Limits, arch: str) -> list[Program]:
+def programs(graph: Graph, limits: Limits, arch: str, links: Links = _ALL_DIRECT) -> list[Program]:
     """The programs of an engine on GPUs of `arch`: that of any step, then those of the decode
     buckets."""
     bulk_copies = compiler.arch_number(arch) >= 90
-    general = StepShape(limits.max_num_tokens, limits.max_batch_size, decode=False)
-    decodes = [StepShape(size, size, True, bulk_copies) for size in decode_buckets(limits)]
+    general = StepShape(limits.max_num_tokens, limits.max_batch_size, False, links=links)
+    decodes = [StepShape(size, size, True, bulk_copies, links) for size in decode_buckets(limits)]
     return [lower(graph, limits, shape) for shape in (general, *decodes)]
 
 
 def engine_kernels(graph: Graph, limits: Limits, arch: str) -> dict[str, KernelSpec]:
-    """Every kernel that an engine of this graph may launch on GPUs of `arch`, by key."""
+    """Every kernel that an engine of this graph may launch on GPUs of `arch`, by key. How ranks
+    reach each other shows where it runs."""
     kernels: dict[str, KernelSpec] = {}
-    for program in programs(graph, limits, arch):
-        kernels.update(program.kernels)
-        kernel = sampling_launch(program).kernel
-        kernels[kernel.key] = kernel
+    joined = any(node.op in COLLECTIVES for node in graph.nodes)
+    for links in (_ALL_DIRECT, Links(group=False, messages=False))[: 2 if joined else 1]:
+        for program in programs(graph, limits, arch, links):
+            kernels.update(program.kernels)
+            if program.outputs:
+                kernel = sampling_launch(program).kernel
+                kernels[kernel.key] = kernel
     return kernels
 
 
