@@ -22,7 +22,7 @@ from llmforge.engine.tensorrt.io import DECODE, PREFILL, profiles
 from llmforge.engine.tensorrt.lowering.rank import RankLowering, model_dtype
 from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.plan import GRAPH_FILE, KERNELS, PLAN_FILE, RankPlan
-from llmforge.errors import BuildError, TargetError
+from llmforge.errors import BuildError, SettingsError, TargetError
 from llmforge.kernels import compile as compiler
 from llmforge.kernels.images import ARCHS, PTX_ARCH, Index, write_images
 from llmforge.model.graph import Graph
@@ -62,6 +62,11 @@ class TensorRTTarget:
         if not package.known_archs():
             _gpu_name()
         cache = settings.timing_cache
+        if cache and not package.features.timing_cache:
+            raise SettingsError(
+                f"{package.name} {package.version} has no timing cache that works; "
+                "leave out --timing-cache"
+            )
         options = BuildOptions(
             archs=settings.arch or _default_archs(package),
             workspace_gb=settings.workspace_gb,
