@@ -77,7 +77,7 @@ def rows() -> str:
                     "between engines" if between else "yes",
                     both,
                     _built(op, row, built),
-                    "primitives" if op in executed else "no",
+                    _executed(row) if op in executed else "no",
                 )
             )
             + " |"
@@ -94,6 +94,10 @@ def _built(op: str, row: Row, built: set[str]) -> str:
     if row.primitives is None:
         return "native"
     return "both" if row.native else "yes"
+
+
+def _executed(row: Row) -> str:
+    return "primitives" if row.primitives else "between engines"
 
 
 def executed_ops() -> tuple[set[str], str]:

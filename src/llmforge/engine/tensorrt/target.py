@@ -9,6 +9,8 @@ tensorrt builds on the kind of GPU that will run the engine.
 from __future__ import annotations
 
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.engine.tensorrt import package as packages
 from llmforge.engine.tensorrt.builder import BuildOptions, build_engine, timing_cache_path
 from llmforge.engine.tensorrt.io import DECODE, PREFILL, profiles
-from llmforge.engine.tensorrt.lowering.rank import RankLowering, model_dtype
+from llmforge.engine.tensorrt.lowering.rank import Engine, RankLowering, model_dtype
 from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.plan import GRAPH_FILE, KERNELS, PLAN_FILE, RankPlan
-from llmforge.errors import BuildError, TargetError
+from llmforge.errors import BuildError, SettingsError, TargetError
 from llmforge.kernels import compile as compiler
 from llmforge.kernels.images import ARCHS, PTX_ARCH, Index, write_images
 from llmforge.model.graph import Graph
@@ -62,6 +64,11 @@ class TensorRTTarget:
         if not package.known_archs():
             _gpu_name()
         cache = settings.timing_cache
+        if cache and not package.features.timing_cache:
+            raise SettingsError(
+                f"{package.name} {package.version} has no timing cache that works; "
+                "leave out --timing-cache"
+            )
         options = BuildOptions(
             archs=settings.arch or _default_archs(package),
             workspace_gb=settings.workspace_gb,
@@ -122,18 +129,28 @@ class TensorRTTarget:
         dtype = model_dtype(graph)
         checksums: dict[str, tuple[int, str]] = {}
         count = lowering.num_engines
-        for engine in lowering.engines():
-            done = len(checksums)
-            checksums[engine.step.file] = build_engine(
+
+        def build(engine: Engine) -> None:
+            """Several at a time only where there is no progress monitor to share."""
+            file = engine.step.file
+            checksums[file] = build_engine(
                 package,
                 engine,
                 profiles(limits),
                 options,
                 dtype,
-                out / engine.step.file,
+                out / file,
                 weights,
-                lambda share, done=done: weights.report((done + share) / count),  # type: ignore[misc]
+                lambda share: weights.report((len(checksums) + share) / count),
             )
+            weights.report(len(checksums) / count)
+
+        if package.features.layers_per_engine is None:
+            for engine in lowering.engines():
+                build(engine)
+        else:
+            with ThreadPoolExecutor(min(count, len(os.sched_getaffinity(0)))) as pool:
+                list(pool.map(build, lowering.engines()))
         plan = lowering.plan(options.archs, "" if options.archs else _gpu_name())
         plan = dataclasses.replace(plan, kernels=_write_kernels(plan, out))
         (out / PLAN_FILE).write_text(plan.to_json())
