@@ -26,6 +26,7 @@ from llmforge.artifact import (
 )
 from llmforge.checkpoint import store
 from llmforge.checkpoint.dtypes import convert_into, has_nonfinite, one_torch_thread
+from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.mapping import Plan
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.pipeline import BUFFERS, PIECE, BufferPool, Whole, read_ahead
@@ -48,15 +49,17 @@ def convert(
     warn: Warn = no_warning,
     from_config: Path | None = None,
     seed: int | None = None,
+    own: OwnFamily | None = None,
 ) -> Manifest:
     """Convert a model into a checkpoint at `output` and return its manifest.
 
     `source` is a directory or the id of a model on the Hub. With `from_config` there is no source:
-    the weights are random, drawn from `seed` (default 0). Raises SourceError, OutputError and
+    the weights are random, drawn from `seed` (default 0). With `own`, the model is of that family,
+    which is not built in. Raises SourceError, OutputError and
     SettingsError; nothing is left at `output` then.
     """
     writer = ArtifactWriter(output, store.MANIFEST, overwrite=settings.overwrite)
-    opened = open_source(source, settings, progress, warn, from_config, seed)
+    opened = open_source(source, settings, progress, warn, from_config, seed, own)
     try:
         config = dataclasses.replace(opened.config, dtype=settings.dtype or opened.config.dtype)
         writer.require_space(store.nbytes(config, config.dtype))
@@ -68,9 +71,12 @@ def convert(
             job.report(warn)
             if opened.tokenizer_directory is not None:
                 copy_tokenizer(opened.tokenizer_directory, writer.directory / store.TOKENIZER, warn)
+            origin = dict(opened.description)
+            if own is not None:
+                origin["definition"] = own.origin
             return writer.commit(
                 store.manifest_data(
-                    config, weights.names, opened.description, _ignored(opened.plan), __version__
+                    config, weights.names, origin, _ignored(opened.plan), __version__
                 )
             )
     finally:
@@ -84,21 +90,22 @@ def open_source(
     warn: Warn = no_warning,
     from_config: Path | None = None,
     seed: int | None = None,
+    own: OwnFamily | None = None,
 ) -> Source:
     """The source that the arguments of `convert` name."""
     if from_config is not None:
         if source is not None:
             raise SettingsError("give a source or --from-config, not both")
-        return RandomSource(from_config, seed or 0, settings.dtype)
+        return RandomSource(from_config, seed or 0, settings.dtype, own)
     if source is None:
         raise SettingsError("give a source: a model directory, a Hub id, or --from-config FILE")
     if seed is not None:
         raise SettingsError("--seed is for random weights: give --from-config FILE with it")
     if is_hub_id(source):
-        return hub_source(str(source), settings.revision, progress, warn)
+        return hub_source(str(source), settings.revision, progress, warn, own)
     if settings.revision is not None:
         raise SettingsError(f"--revision is for models on the Hub, and {source} is not one")
-    return HfSource(Path(source), warn)
+    return HfSource(Path(source), warn, own=own)
 
 
 class _Conversion:
