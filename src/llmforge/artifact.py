@@ -85,6 +85,7 @@ def _free_space(path: Path) -> int:
 
 class ArtifactWriter:
     """Writes an artifact: a context manager whose `directory` is to be filled, then `commit`.
+    `scratch` is a directory beside it that may be made for the time until then.
 
     Leaving the context without `commit` (an exception, Ctrl-C, SIGTERM) removes everything that
     was written. A killed run's leftover is removed by the next run to the same output. A lock
@@ -98,6 +99,7 @@ class ArtifactWriter:
         # A link is followed: the directory it points to is what gets replaced.
         self.output = Path(os.path.realpath(output))
         self.directory = self._sibling("partial")
+        self.scratch = self._sibling("scratch")
         self._shown = output
         self._manifest_name = manifest_name
         self._overwrite = overwrite
@@ -173,6 +175,7 @@ class ArtifactWriter:
     ) -> None:
         if not self._committed:
             shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         self._leave()
         if isinstance(error, OSError) and self._is_ours(error):
             raise self._output_error(error) from error
@@ -232,6 +235,7 @@ class ArtifactWriter:
     def _clear_leftovers(self) -> None:
         """Undo what a killed run left: its partial directory, a replaced directory moved aside."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         old = self._sibling("old")
         if old.is_dir():
             if self.output.exists() and any(self.output.iterdir()):

@@ -31,6 +31,7 @@ from llmforge.checkpoint.mapping import Plan
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.pipeline import BUFFERS, PIECE, BufferPool, Whole, read_ahead
 from llmforge.checkpoint.sources.base import Source
+from llmforge.checkpoint.sources.detect import open_path
 from llmforge.checkpoint.sources.hf import HfSource
 from llmforge.checkpoint.sources.hub import hub_source, is_hub_id
 from llmforge.checkpoint.sources.random import RandomSource
@@ -47,23 +48,27 @@ def convert(
     *,
     progress: Progress = no_progress,
     warn: Warn = no_warning,
+    notice: Warn = no_warning,
     from_config: Path | None = None,
     seed: int | None = None,
     own: OwnFamily | None = None,
 ) -> Manifest:
     """Convert a model into a checkpoint at `output` and return its manifest.
 
-    `source` is a directory or the id of a model on the Hub. With `from_config` there is no source:
+    `source` is a directory or archive, or the id of a model on the Hub; what it holds is found
+    out, and told to `notice` before the work begins. With `from_config` there is no source:
     the weights are random, drawn from `seed` (default 0). With `own`, the model is of that family,
-    which is not built in. Raises SourceError, OutputError and
-    SettingsError; nothing is left at `output` then.
+    which is not built in. Raises SourceError, OutputError, DefinitionError and SettingsError;
+    nothing is left at `output` then.
     """
-    writer = ArtifactWriter(output, store.MANIFEST, overwrite=settings.overwrite)
-    opened = open_source(source, settings, progress, warn, from_config, seed, own)
-    try:
-        config = dataclasses.replace(opened.config, dtype=settings.dtype or opened.config.dtype)
-        writer.require_space(store.nbytes(config, config.dtype))
-        with writer:
+    with ArtifactWriter(output, store.MANIFEST, overwrite=settings.overwrite) as writer:
+        opened = open_source(
+            source, settings, writer.scratch, progress, warn, from_config, seed, own
+        )
+        with contextlib.closing(opened):
+            notice(f"source: {opened.kind}")
+            config = dataclasses.replace(opened.config, dtype=settings.dtype or opened.config.dtype)
+            writer.require_space(store.nbytes(config, config.dtype))
             shard_bytes = int(settings.shard_size_gb * GB)
             with store.WeightsWriter(writer, config, shard_bytes) as weights:
                 job = _Conversion(opened, config.dtype, weights, progress)
@@ -79,20 +84,20 @@ def convert(
                     config, weights.names, origin, _ignored(opened.plan), __version__
                 )
             )
-    finally:
-        opened.close()
 
 
 def open_source(
     source: str | Path | None,
     settings: ConvertSettings,
+    scratch: Path,
     progress: Progress = no_progress,
     warn: Warn = no_warning,
     from_config: Path | None = None,
     seed: int | None = None,
     own: OwnFamily | None = None,
 ) -> Source:
-    """The source that the arguments of `convert` name."""
+    """The source that the arguments of `convert` name. `scratch` is a directory that it may make
+    for what has to be unpacked, and that the caller removes."""
     if from_config is not None:
         if source is not None:
             raise SettingsError("give a source or --from-config, not both")
@@ -105,7 +110,9 @@ def open_source(
         return hub_source(str(source), settings.revision, progress, warn, own)
     if settings.revision is not None:
         raise SettingsError(f"--revision is for models on the Hub, and {source} is not one")
-    return HfSource(Path(source), warn, own=own)
+    if own is not None:
+        return HfSource(Path(source), warn, own=own)
+    return open_path(Path(source), scratch, warn)
 
 
 class _Conversion:

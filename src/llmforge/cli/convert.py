@@ -56,8 +56,8 @@ def command(
 ) -> None:
     """Convert a model's weights into a checkpoint.
 
-    SOURCE is a Hugging Face model directory or a Hub id. The checkpoint serves any target and any
-    number of ranks.
+    SOURCE is a Hub id, or a model directory or archive: Hugging Face, NeMo, TensorRT-LLM, Meta's
+    Llama files. The checkpoint serves any target and any number of ranks.
     """
     project = project_settings(config_file)
     settings = merge(ConvertSettings, project.sections.get("convert", {}), given(options))
@@ -104,6 +104,7 @@ def _convert(
             settings,
             progress=report,
             warn=warn,
+            notice=status,
             from_config=from_config,
             seed=seed,
             own=own,

@@ -122,6 +122,8 @@ class BoundLaunch:
     def __call__(self, stream: int) -> None:
         if not self._fixed:
             self._set_grid()
+            if not self._config.gridDimX:
+                return  # a step of which no row is wanted
         self._config.hStream = stream
         check(self._launch(self._config, self._function, self._arguments_address, 0))
 
@@ -132,7 +134,7 @@ class BoundLaunch:
     def _extent(self, extent: Extent) -> int:
         if isinstance(extent, int):
             return extent
-        return -(-self._sizes.get(extent.name) * extent.times // extent.per)
+        return min(-(-self._sizes.get(extent.name) * extent.times // extent.per), extent.most)
 
     def _pointer(self, argument: Any, address_of: Callable[[str], int]) -> int:
         """The address of the argument's value."""

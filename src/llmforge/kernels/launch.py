@@ -51,11 +51,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Size:
-    """A symbolic size, as a kernel argument or in a grid: ``ceil(name * times / per)``."""
+    """A symbolic size, as a kernel argument or in a grid: ``ceil(name * times / per)``, at most
+    `most`."""
 
     name: str
     times: int = 1
     per: int = 1
+    most: int = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def same_dtype(*operands: Operand | None) -> str:
     return dtypes.pop()
 
 
-def _width(*operands: Operand, run: int) -> int:
+def load_width(*operands: Operand, run: int) -> int:
     """Elements that one load may take: 16 bytes where every row, and every run of a row, starts
     at a multiple of that, else one."""
     width = 16 // DTYPE_BYTES[operands[0].dtype]
@@ -123,7 +125,7 @@ def _width(*operands: Operand, run: int) -> int:
     return width if all(number % width == 0 for number in numbers) else 1
 
 
-def _threads(packs: int, most: int) -> int:
+def block_threads(packs: int, most: int) -> int:
     return min(most, -(-packs // 32) * 32)
 
 
@@ -133,8 +135,8 @@ def gather(out: Operand, table: Operand, ids: Operand, *, first: int = 0) -> Lau
     hidden = table.features
     require(out.features == hidden and ids.dtype == "int32", "gather: out and table differ")
     require(out.contiguous and table.contiguous, "gather: rows must be contiguous")
-    width = _width(out, table, run=hidden)
-    threads = _threads(hidden // width, 256)
+    width = load_width(out, table, run=hidden)
+    threads = block_threads(hidden // width, 256)
     spec = specialised("gather.cu", "gather", dtype, HIDDEN=hidden, WIDTH=width, THREADS=threads)
     rows = ids.shape[0]
     # The number of rows is symbolic where the table is an activation; its ids are then in range.
@@ -163,8 +165,8 @@ def rms_norm(
     require((residual is None) == (out_sum is None), "rms_norm: residual and its sum go together")
     matrices = [o for o in (out, x, residual, out_sum) if o is not None]
     require(all(m.shape == x.shape for m in matrices), "rms_norm: shapes differ")
-    width = _width(*matrices, weight, run=run)
-    threads = _threads(run // width, 1024)
+    width = load_width(*matrices, weight, run=run)
+    threads = block_threads(run // width, 1024)
     defines = {"RUN": run, "WIDTH": width, "THREADS": threads, "ADD": int(residual is not None)}
     strides = [o.row_stride if o is not None else 0 for o in (out, out_sum, x, residual)]
     return Launch(
@@ -183,7 +185,7 @@ def layer_norm(
     dtype = same_dtype(out, x, weight, bias)
     require(out.shape == x.shape and x.features % run == 0, "layer_norm: whole runs of x")
     require(weight.features in (run, x.features), "layer_norm: weight")
-    threads = _threads(run, 1024)
+    threads = block_threads(run, 1024)
     shared = int(weight.features == run)
     spec = specialised(
         "layer_norm.cu", "layer_norm", dtype,
@@ -225,8 +227,8 @@ def _elementwise(
     features = out.features
     operands = [o for o in (out, x, y) if o is not None]
     require(all(o.features == features for o in operands), "elementwise: shapes differ")
-    width = _width(*operands, run=features)
-    threads = _threads(features // width, 256)
+    width = load_width(*operands, run=features)
+    threads = block_threads(features // width, 256)
     spec = specialised(
         "elementwise.cu", "elementwise", dtype,
         FEATURES=features, WIDTH=width, THREADS=threads, **defines,
@@ -286,10 +288,31 @@ def sample(
     """One token a row of logits [rows, vocabulary]; see sample.cu for the other operands."""
     require(logits.contiguous, "sample: logits must be contiguous")
     vocab = logits.features
-    width = _width(logits, run=vocab)
+    width = load_width(logits, run=vocab)
     threads = 512
     spec = specialised(
         "sample.cu", "sample", logits.dtype, VOCAB=vocab, WIDTH=width, THREADS=threads
     )
     arguments = (tokens, largest, logits, params, history, seen)
     return Launch(spec, arguments, (extent(logits.shape[0]), 1, 1), threads)
+
+
+def square_sum(out: Operand, x: Operand) -> Launch:
+    """out [tokens, 1] float32 = the sum of the squares of each row of x."""
+    require(out.dtype == "float32" and out.features == 1, "square_sum: float32 [tokens, 1]")
+    threads = block_threads(x.features, 256)
+    spec = specialised("norm_parts.cu", "square_sum", x.dtype, FEATURES=x.features, THREADS=threads)
+    return Launch(spec, (out, x, x.row_stride), (extent(x.shape[0]), 1, 1), threads)
+
+
+def rms_norm_by(
+    out: Operand, x: Operand, sums: Operand, weight: Operand, *, eps: float, size: int
+) -> Launch:
+    """out = x / sqrt(sums / size + eps) weight, with the `sums` of each row's squares."""
+    dtype = same_dtype(out, x, weight)
+    require(sums.dtype == "float32" and sums.features == 1, "rms_norm_by: float32 [tokens, 1]")
+    require(out.shape == x.shape and weight.features == x.features, "rms_norm_by: shapes differ")
+    threads = block_threads(x.features, 256)
+    spec = specialised("norm_parts.cu", "rms_norm_by", dtype, FEATURES=x.features, THREADS=threads)
+    arguments = (out, x, sums, weight, out.row_stride, x.row_stride, Float(size), Float(eps))
+    return Launch(spec, arguments, (extent(x.shape[0]), 1, 1), threads)

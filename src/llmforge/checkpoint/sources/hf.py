@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from llmforge.checkpoint.families import plan_for, read_config
 from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.hf_config import read_json
 from llmforge.checkpoint.mapping import SOURCE_DTYPES, Plan
+from llmforge.checkpoint.sources.base import common_dtype, same_values
+from llmforge.checkpoint.sources.files import whole_file
 from llmforge.checkpoint.sources.torch_file import TorchFile
 from llmforge.errors import SourceError
 from llmforge.safetensors_io import Array, SafetensorsFile, TensorInfo
@@ -29,7 +32,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_COMPARE = 1 << 22
+_TORCH = (".bin", ".pt", ".pth")
+# What training leaves beside the weights.
+_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
 _FOREIGN = {".gguf": "GGUF", ".onnx": "ONNX", ".h5": "TensorFlow", ".msgpack": "Flax"}
 
 
@@ -59,6 +64,7 @@ class HfSource:
         self.tokenizer_directory: Path | None = directory
         _check_directory(directory)
         family, config = read_config(directory / CONFIG, own)
+        self.kind = f"Hugging Face model, family {family.name}"
         paths, index = _weight_files(directory)
         self._files = {str(path.relative_to(directory)): _open(path) for path in paths}
         self._file_of = _locate(self._files, index, directory)
@@ -67,7 +73,7 @@ class HfSource:
         }
         config = self._untie(config, warn)
         self.plan: Plan = plan_for(family, config, self.tensors, str(directory))
-        self.config = dataclasses.replace(config, dtype=self._common_dtype(warn))
+        self.config = dataclasses.replace(config, dtype=common_dtype(self.plan, self.tensors, warn))
         self.description: Mapping[str, Any] = {
             "source": "huggingface",
             "name": directory.resolve().name,
@@ -87,22 +93,6 @@ class HfSource:
         for file in self._files.values():
             file.close()
 
-    def _common_dtype(self, warn: Warn) -> str:
-        """The dtype of most of the weights' bytes."""
-        sizes: dict[str, int] = {}
-        for group in self.plan.groups:
-            for name in group.theirs:
-                dtype = self.tensors[name].dtype
-                sizes[dtype] = sizes.get(dtype, 0) + self.tensors[name].nbytes
-        common = max(sizes, key=lambda dtype: (sizes[dtype], dtype))
-        ours = "float32" if common == "float64" else common
-        if others := sorted(set(sizes) - {common}):
-            warn(
-                f"the weights are of several dtypes: those in {', '.join(others)} are converted "
-                f"to {ours}, like most, unless another dtype is asked for"
-            )
-        return ours
-
     def _untie(self, config: ModelConfig, warn: Warn) -> ModelConfig:
         """A head that differs from the embedding though the config ties them is used: so does
         transformers 5 (PreTrainedModel.tie_weights)."""
@@ -112,23 +102,13 @@ class HfSource:
         ours, theirs = self.tensors[embedding], self.tensors[head]
         if ours.shape != theirs.shape or ours.dtype not in SOURCE_DTYPES:
             return config
-        if ours.dtype == theirs.dtype and self._same_bytes(embedding, head):
+        if same_values(self, embedding, head):
             return config
         warn(
             f"{head} differs from {embedding} though the config ties them: the model is "
             "converted as untied"
         )
         return dataclasses.replace(config, tied_embeddings=False)
-
-    def _same_bytes(self, a: str, b: str) -> bool:
-        size = self.tensors[a].nbytes
-        for first in range(0, size, _COMPARE):
-            left, right = (np.empty(min(_COMPARE, size - first), np.uint8) for _ in "ab")
-            self.fill(a, first, left)
-            self.fill(b, first, right)
-            if not np.array_equal(left, right):
-                return False
-        return True
 
 
 def _embedding_and_head(tensors: Mapping[str, TensorInfo]) -> tuple[str | None, str | None]:
@@ -161,12 +141,36 @@ def _supported(names: list[str]) -> str:
     """What is supported, and which other format the files are of."""
     found = sorted({label for name in names if (label := _FOREIGN.get(Path(name).suffix))})
     but = f"{' and '.join(found)} files are not supported: " if found else ""
-    return f"{but}a model directory holds config.json and one of {', '.join(WEIGHT_FILES)}"
+    usual = ", ".join(WEIGHT_FILES)
+    return f"{but}a model directory holds config.json and one of {usual}, or one .pt or .pth file"
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether weights that this source reads are there, under their usual names."""
+    return any((directory / name).is_file() for name in WEIGHT_FILES)
+
+
+def _weights_name(directory: Path) -> str | None:
+    """The file that holds the weights or their index: one of WEIGHT_FILES, or else the only index,
+    or the only torch file, that there is under another name."""
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    usual = [name for name in WEIGHT_FILES if name in names]
+    indexes = [name for name in names if name.endswith(".index.json")]
+    others = [n for n in names if n.endswith(_TORCH) and not _TRAINING.fullmatch(n)]
+    for found in (usual[:1], indexes, others):
+        if len(found) > 1:
+            raise SourceError(
+                f"{directory} has several files that may hold the weights: {listed(found)}; leave "
+                f"one, or name it {WEIGHT_FILES[2]}"
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files that hold the weights, and the index (tensor → file name) where there is one."""
-    name = next((name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    name = _weights_name(directory)
     if name is None:
         names = sorted(path.name for path in directory.iterdir())
         raise SourceError(f"{directory} has no weights; {_supported(names)}")
@@ -190,7 +194,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
 def _open(path: Path) -> _WeightFile:
     if path.suffix == ".safetensors":
         return SafetensorsFile(path, SourceError)
-    return TorchFile(path)
+    return TorchFile(whole_file(path))
 
 
 def _locate(

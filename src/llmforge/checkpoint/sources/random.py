@@ -42,6 +42,7 @@ class RandomSource:
         own: OwnFamily | None = None,
     ) -> None:
         _, config = read_config(config_file, own)
+        self.kind = f"random weights, family {config.family}"
         self.config = dataclasses.replace(config, dtype=dtype or config.dtype)
         self.tokenizer_directory: Path | None = config_file.parent
         self.description: Mapping[str, Any] = {
