@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -126,3 +127,55 @@ def test_refusals(hf: Hf, tmp_path: Path, what: str, message: str) -> None:
         convert(tmp_path / "meta", tmp_path / "out", ConvertSettings())
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "meta"}
+
+
+TEXTS = [
+    "The quick brown fox doesn't jump over 12345 lazy dogs.",
+    "  Zwölf Boxkämpfer\n\njagen Viktor\tquer über 'den' großen Sylter Deich. ",
+    "天地玄黄 🦊!!!",
+]
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_tokenizer_in_tiktokens_form(hf: Hf, tmp_path: Path, newer: bool) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from llmforge.checkpoint.sources.meta_tokenizer import _PATTERN, _byte_letters
+
+    tokenizers = pytest.importorskip("tokenizers")
+    trained = Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([cut, level])
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(TEXTS * 3, trainer)
+    bytes_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    ids = trained.get_vocab()
+    lines = [
+        base64.b64encode(bytes(bytes_of[c] for c in token)) + f" {ids[token]}".encode()
+        for token in sorted(ids, key=ids.__getitem__)
+    ]
+    case = Case("llama", "Llama", {"vocab_size": len(ids) + 256})
+    _, config, state = hf(case)
+    params = {"rope_theta": 5e5, **({"use_scaled_rope": True} if newer else {})}
+    meta = write_meta(tmp_path / "meta", config, state, **params)
+    (meta / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
+    convert(meta, tmp_path / "out", ConvertSettings())
+    found = Tokenizer.from_file(str(tmp_path / "out/tokenizer/tokenizer.json"))
+    for text in TEXTS:
+        encoded = found.encode(text).ids
+        assert encoded == [len(ids), *trained.encode(text).ids]
+        assert found.decode(encoded) == text
+    assert found.token_to_id("<|eot_id|>") == len(ids) + 9
+    assert (found.token_to_id("<|eom_id|>") == len(ids) + 8) == newer
+    assert found.get_vocab_size() == config["vocab_size"]
+
+
+def test_tokenizer_of_sentencepiece_is_kept(hf: Hf, tmp_path: Path) -> None:
+    _, config, state = hf("llama")
+    meta = write_meta(tmp_path / "meta", config, state)
+    (meta / "tokenizer.model").write_bytes(b"\n\x05\n\x03<s>")
+    convert(meta, tmp_path / "out", ConvertSettings())
+    assert (tmp_path / "out/tokenizer/tokenizer.model").read_bytes() == b"\n\x05\n\x03<s>"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nemo_layout import NemoWriter, as_yaml, below, nemo1_config, pack
 from parts import model_parts
 
 from llmforge.checkpoint.convert import convert
+from llmforge.checkpoint.sources.blocks import Chunk, from_chunks
 from llmforge.settings import ConvertSettings
 
 Hf = Callable[..., Any]
@@ -263,5 +269,83 @@ def test_what_it_is_is_told(hf: Hf, tmp_path: Path) -> None:
     )
     assert notices == ["source: NeMo archive, ranks of tp 2, pp 2"]
     assert any("no tokenizer tells how many of the embedding's 102 rows" in w for w in warnings)
+    assert any(f"there is no tokenizer in {path}: the checkpoint" in w for w in warnings)
     assert any("which names meta-llama/Llama: put its tokenizer.json" in w for w in warnings)
     assert manifest.data["config"]["vocab_size"] == 102
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_a_checkpoint_that_torch_saved(
+    hf: Hf, assert_same: Hf, tmp_path: Path, single_file: bool
+) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    directory, config, state = hf("llama")
+    parts = model_parts(config, state)
+    whole = {
+        name.replace("model.", "module.", 1): torch.stack([values[0] for _, values in chunks])
+        if "layers" in name
+        else chunks[0][1]
+        for name, (_, chunks) in NemoWriter(parts).chunked(1, True, False).items()
+        if "linear_fc1.weight" not in name
+    }
+    gate_up = [torch.cat([layer["gate.weight"], layer["up.weight"]]) for layer in parts.layers]
+    whole["module.decoder.layers.mlp.linear_fc1.weight"] = torch.stack(gate_up)
+    nemo = tmp_path / "nemo"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        writer = dcp.FileSystemWriter(nemo / "weights", single_file_per_rank=single_file)
+        dcp.save(whole, storage_writer=writer)
+    pack(nemo, {"context/model.yaml": as_yaml(nemo2_config(parts, "llama.Llama"))}, "directory")
+    assert_same(directory, nemo)
+
+
+def fill_from(data: bytes) -> Callable[[int, Any], None]:
+    raw = np.frombuffer(data, np.uint8)
+
+    def fill(first: int, out: Any) -> None:
+        out[:] = raw[first : first + out.size]
+
+    return fill
+
+
+@given(data=st.data(), rows=st.integers(1, 9), columns=st.integers(0, 7))
+def test_pieces_are_what_numpy_makes_of_them(data: Any, rows: int, columns: int) -> None:
+    """A tensor cut into a grid, joined again, cut again and read in pieces of any size."""
+    shape = (rows, columns) if columns else (rows,)
+    array = np.arange(rows * max(columns, 1), dtype=np.float32).reshape(shape)
+    cuts = [sorted(data.draw(st.sets(st.integers(1, n - 1)))) if n > 1 else [] for n in shape]
+    bounds = [list(itertools.pairwise([0, *c, n])) for c, n in zip(cuts, shape, strict=True)]
+    chunks = []
+    for box in itertools.product(*bounds):
+        part = np.ascontiguousarray(array[tuple(slice(a, b) for a, b in box)])
+        chunks.append(
+            Chunk(tuple(a for a, _ in box), tuple(b - a for a, b in box), fill_from(part.tobytes()))
+        )
+    piece = from_chunks("float32", shape, data.draw(st.permutations(chunks)))
+    assert piece is not None
+    assert np.array_equal(piece.read(), array)
+    start = data.draw(st.integers(0, rows))
+    stop = data.draw(st.integers(start, rows))
+    part = piece.rows(start, stop)
+    expected = array[start:stop].tobytes()
+    first = data.draw(st.integers(0, len(expected)))
+    out = np.empty(data.draw(st.integers(0, len(expected) - first)), np.uint8)
+    part.fill(first, out)
+    assert out.tobytes() == expected[first : first + out.size]
+    if len(chunks) > 1:
+        assert from_chunks("float32", shape, chunks[1:]) is None
+        assert from_chunks("float32", shape, [*chunks, chunks[0]]) is None
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [((0, 0), (2, 4)), ((1, 0), (2, 4))],  # the last row is missing, another there twice
+        [((0, 0), (3, 4)), ((3, 0), (1, 4))],  # beyond the end
+        [((0, 0), (3, 2)), ((0, 2), (2, 2)), ((1, 2), (1, 2))],
+    ],
+)
+def test_chunks_that_do_not_cover_a_tensor_once(boxes: Any) -> None:
+    chunks = [Chunk(offsets, sizes, lambda first, out: None) for offsets, sizes in boxes]
+    assert from_chunks("float32", (3, 4), chunks) is None

@@ -74,8 +74,11 @@ def convert(
                 job = _Conversion(opened, config.dtype, weights, progress)
                 job.run()
             job.report(warn)
-            if opened.tokenizer_directory is not None:
-                copy_tokenizer(opened.tokenizer_directory, writer.directory / store.TOKENIZER, warn)
+            if (tokenizer := opened.tokenizer_directory) is not None:
+                # Where it was unpacked means nothing to the user.
+                unpacked = tokenizer.is_relative_to(writer.scratch)
+                where = str(source) if unpacked else str(tokenizer)
+                copy_tokenizer(tokenizer, writer.directory / store.TOKENIZER, warn, where)
             origin = dict(opened.description)
             if own is not None:
                 origin["definition"] = own.origin

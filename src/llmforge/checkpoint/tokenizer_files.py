@@ -28,9 +28,11 @@ FILES = (
 _IDS_ONLY = "the checkpoint will work with token ids only"
 
 
-def copy_tokenizer(source: Path, destination: Path, warn: Warn) -> list[str]:
+def copy_tokenizer(source: Path, destination: Path, warn: Warn, where: str = "") -> list[str]:
     """Copy what there is of FILES from `source` into `destination`, which is made for it, and make
-    a tokenizer.json where there are only older files. Returns the names of the files written."""
+    a tokenizer.json where there are only older files. Returns the names of the files written.
+    Warnings name `where`, or else `source`."""
+    where = where or str(source)
     files: dict[str, bytes] = {}
     for name in FILES:
         try:
@@ -38,10 +40,10 @@ def copy_tokenizer(source: Path, destination: Path, warn: Warn) -> list[str]:
         except FileNotFoundError:
             continue
         except OSError as error:
-            warn(f"{source / name} cannot be read ({error.strerror}) and is left out")
+            warn(f"{name} of {where} cannot be read ({error.strerror}) and is left out")
     names = list(files)
     if not names:
-        warn(f"there is no tokenizer in {source}: {_IDS_ONLY}")
+        warn(f"there is no tokenizer in {where}: {_IDS_ONLY}")
         return []
     destination.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -50,7 +52,7 @@ def copy_tokenizer(source: Path, destination: Path, warn: Warn) -> list[str]:
     if TOKENIZER_JSON not in names and not _make_tokenizer_json(destination, names, warn):
         return names
     if problem := _load_problem(path):
-        warn(f"{TOKENIZER_JSON} of {source} cannot be loaded ({problem}): {_IDS_ONLY}")
+        warn(f"{TOKENIZER_JSON} of {where} cannot be loaded ({problem}): {_IDS_ONLY}")
     return names if TOKENIZER_JSON in names else [TOKENIZER_JSON, *names]
 
 

@@ -160,10 +160,8 @@ def from_chunks(dtype: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> 
     item = NUMPY_DTYPES[dtype].itemsize
     if len(shape) not in (1, 2):
         return None
-    blocks, covered = [], 0
+    blocks = []
     for chunk in chunks:
-        if any(o + n > s for o, n, s in zip(chunk.offsets, chunk.sizes, shape, strict=True)):
-            return None
         column, columns = (chunk.offsets[1], chunk.sizes[1]) if len(shape) == 2 else (0, 1)
         blocks.append(
             Block(
@@ -175,12 +173,23 @@ def from_chunks(dtype: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> 
                 chunk.first,
             )
         )
-        covered += math.prod(chunk.sizes)
-    blocks.sort(key=lambda block: (block.row, block.column))
-    apart = len({(block.row, block.column) for block in blocks}) == len(blocks)
-    if covered != math.prod(shape) or not apart:
-        return None
-    return Pieced(dtype, shape, tuple(blocks))
+    width = math.prod(shape[1:]) * item
+    return Pieced(dtype, shape, tuple(blocks)) if _tile(blocks, shape[0], width) else None
+
+
+def _tile(blocks: Sequence[Block], rows: int, width: int) -> bool:
+    """Whether the blocks cover so many rows of so many bytes, everything once."""
+    down = sorted({0, rows, *(b.row for b in blocks), *(b.row + b.rows for b in blocks)})
+    across = sorted(
+        {0, width, *(b.column for b in blocks), *(b.column + b.columns for b in blocks)}
+    )
+    times = np.zeros((len(down) - 1, len(across) - 1), np.int64)
+    for b in blocks:
+        first, last = down.index(b.row), down.index(b.row + b.rows)
+        left, right = across.index(b.column), across.index(b.column + b.columns)
+        times[first:last, left:right] += 1
+    inside = (down[0], down[-1], across[0], across[-1]) == (0, rows, 0, width)
+    return inside and bool((times == 1).all())
 
 
 def layers_from_chunks(

@@ -20,7 +20,7 @@ def open_path(path: Path, scratch: Path, warn: Warn) -> Source:
         if is_meta(path):
             # Some models come with Meta's files beside the same weights in the other layout.
             if not ((path / CONFIG).is_file() and has_weights(path)):
-                return meta_source(path, warn)
+                return meta_source(path, scratch, warn)
             warn(f"{path} holds the model in two layouts: that of Hugging Face is read")
         if is_trtllm(path):
             return trtllm_source(path, warn)

@@ -7,9 +7,11 @@ name a place outside of it: members with such names, and links, are refused.
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -162,9 +164,17 @@ def archive_tree(path: Path, unpacked: Path) -> Tree:
             )
     compressed = head.tobytes().startswith(_GZIP)
     try:
-        with tarfile.open(path, "r|gz" if compressed else "r:") as tar:
-            files = _unpack(path, tar, unpacked) if compressed else _locate(path, tar)
-    except (tarfile.TarError, EOFError, OSError) as error:
+        if compressed:
+            # Through GzipFile, which gives no more than it is asked for, however much it has.
+            with (
+                gzip.open(path) as plain,
+                tarfile.open(fileobj=plain, mode="r|", bufsize=_COPY) as tar,
+            ):
+                files = _unpack(path, tar, unpacked)
+        else:
+            with tarfile.open(path, "r:") as tar:
+                files = _locate(path, tar)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise SourceError(f"{path} is truncated or not a tar archive") from error

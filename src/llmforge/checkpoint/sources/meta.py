@@ -30,6 +30,7 @@ from llmforge.checkpoint.hf_config import Fields, read_json
 from llmforge.checkpoint.mapping import Ignore
 from llmforge.checkpoint.sources.blocks import Pieced, whole
 from llmforge.checkpoint.sources.files import whole_file
+from llmforge.checkpoint.sources.meta_tokenizer import MODEL, unpack_tokenizer
 from llmforge.checkpoint.sources.pieced import (
     TIED_HEAD,
     PiecedSource,
@@ -94,8 +95,9 @@ def is_meta(directory: Path) -> bool:
     return (directory / PARAMS).is_file() and bool(_shards(directory))
 
 
-def meta_source(directory: Path, warn: Warn = no_warning) -> PiecedSource:
-    """Open a directory of Meta's files. Raises SourceError and UnsupportedModelError."""
+def meta_source(directory: Path, scratch: Path, warn: Warn = no_warning) -> PiecedSource:
+    """Open a directory of Meta's files. The tokenizer's are made in `scratch`, which the caller
+    removes. Raises SourceError and UnsupportedModelError."""
     paths = _shards(directory)
     numbers = sorted(paths)
     if numbers != list(range(len(numbers))):
@@ -130,7 +132,9 @@ def meta_source(directory: Path, warn: Warn = no_warning) -> PiecedSource:
             "config_sha256": hashlib.sha256((directory / PARAMS).read_bytes()).hexdigest(),
             "weights": {path.name: path.stat().st_size for path in paths.values()},
         },
-        tokenizer_directory=directory,
+        tokenizer_directory=unpack_tokenizer(
+            directory / MODEL, scratch / "tokenizer", fields.flag("use_scaled_rope", False), warn
+        ),
         where=where,
         warn=warn,
     )

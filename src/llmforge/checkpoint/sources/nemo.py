@@ -105,6 +105,8 @@ def nemo_source(path: Path, scratch: Path, warn: Warn = no_warning) -> PiecedSou
 
 def _root(tree: Tree) -> Tree:
     """The tree below the one folder in which everything lies, if it is so."""
+    if CONFIG_1 in tree.files or CONFIG_2 in tree.files:
+        return tree
     folders = {name.partition("/")[0] for name in tree.files}
     if len(folders) == 1 and not set(tree.files) & folders:
         return tree.below(folders.pop())

@@ -31,6 +31,7 @@ from llmforge.checkpoint.sources.pieced import (
     on_all_ranks,
     tied,
 )
+from llmforge.checkpoint.sources.tokens import tokens
 from llmforge.checkpoint.sources.trtllm_families import (
     ACTIVATIONS,
     ARCHITECTURES,
@@ -173,8 +174,9 @@ def _fields(path: Path, data: Mapping[str, Any], architecture: Architecture) -> 
             **scaling,
         }
     fixed = architecture.fixed(values)
-    # What a tokenizer says, which a config of TensorRT-LLM does not.
-    values |= {"bos_token_id": None, "eos_token_id": None, **fixed}
+    # A config of TensorRT-LLM leaves these to the tokenizer.
+    found = tokens(path.parent)
+    values |= {"bos_token_id": found.bos, "eos_token_id": list(found.eos), **fixed}
     aliases = {**COMMON, **architecture.aliases}
     aliases = {ours: theirs for ours, theirs in aliases.items() if ours not in fixed}
     return Fields(path, values, aliases=aliases)
