@@ -30,6 +30,13 @@ give the tokens of one. Weights of norms that a family stores less one (Gemma, N
 whole, and families that rotate neighbouring elements have their q and k rows reordered, so that
 targets see one kind of norm and one kind of rope.
 
+Mixtures of experts are also compared with their experts on two groups of ranks (`--expert-
+parallel 2`), of one and of two ranks each. In 16 bits their cases choose every expert: which of
+two experts that are nearly as good is chosen hangs on the last bit, and behind another choice no
+tolerance holds. Weights in FP8 with a scale for each block of 128 x 128 (`quant_method` "fp8")
+are converted for every family, MXFP4 where the table says so; other quantized weights are refused
+by name.
+
 | family | architecture | what is particular | parity cases | cpu |
 |---|---|---|---|---|
 """

@@ -95,6 +95,11 @@ MODELS = {
 }  # fmt: skip
 
 
+OLMO = tiny(qk_norm=True, qk_norm_span="all", pre_norm=False, post_norm=True)
+"""Norms of q and k over all heads, which ranks compute together."""
+MODELS["norms-over-heads"] = OLMO
+
+
 def of_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
     return dataclasses.replace(config, dtype=dtype)
 

@@ -137,6 +137,14 @@ def test_it_builds_for_cuda_without_a_gpu(checkpoint: Path, tmp_path: Path) -> N
     assert list((tmp_path / "engine/rank0/kernels").glob("*.sm_90.cubin"))
 
 
+def test_it_builds_for_tensorrt(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    settings = BuildSettings(target="tensorrt-rtx", passes=(PASS,), max_batch_size=1)
+    build(checkpoint, tmp_path / "engine", settings, definition=load_definition(DEFINITION))
+    assert "soft_cap" in (tmp_path / "engine/rank0/graph.json").read_text()
+    assert list((tmp_path / "engine/rank0").glob("*.engine"))
+
+
 def test_a_pass_changes_what_the_engine_computes(checkpoint: Path, tmp_path: Path) -> None:
     definition = load_definition(DEFINITION)
     settings = BuildSettings(passes=(PASS,))

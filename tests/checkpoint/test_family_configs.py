@@ -12,7 +12,7 @@ import transformers
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families import FAMILIES, Family, plan_for, read_config
-from llmforge.errors import UnsupportedModelError
+from llmforge.errors import SourceError, UnsupportedModelError
 from llmforge.safetensors_io import TensorInfo
 
 REQUIRED = {
@@ -24,6 +24,8 @@ REQUIRED = {
 }
 # Tensors that transformers saves under another name than it has them in memory.
 SAVED_AS = {("gpt_neox", "lm_head.weight"): "embed_out.weight"}
+# Where transformers' config has no default of the number of experts a token, or another name.
+MOST_CHOSEN = {"deepseek_v2": 6, "dbrx": 1}
 BY_NAME = {family.name: family for family in FAMILIES}
 by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -46,7 +48,7 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path, family:
     def default(name: str) -> Any:
         return getattr(theirs, family.aliases.get(name, name), None)
 
-    assert ours.head_dim == (default("head_dim") or 64)
+    assert ours.head_dim == (default("qk_head_dim") or default("head_dim") or 64)
     assert ours.max_position == (default("max_position_embeddings") or 2048)
     assert ours.norm_eps == (default("norm_eps") or 1e-5)
     assert ours.tied_embeddings == theirs.tie_word_embeddings
@@ -61,9 +63,20 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path, family:
         rope = rope["full_attention"]
     if ours.rope is not None and rope is not None:
         assert ours.rope.theta == rope["rope_theta"]
-        assert ours.rope.dim == int(ours.head_dim * rope.get("partial_rotary_factor", 1.0))
+        rotated = ours.latent.rope_dim if ours.latent else ours.head_dim
+        assert ours.rope.dim == int(rotated * rope.get("partial_rotary_factor", 1.0))
+        assert ours.rope.scaling == rope["rope_type"]
+    if ours.moe is not None:
+        assert ours.moe.normalize == getattr(theirs, "norm_topk_prob", True)
+        assert ours.moe.scale == (default("routed_scaling_factor") or 1.0)
+        assert ours.moe.groups == (default("n_group") or 1)
+        assert ours.moe.kept_groups == (default("topk_group") or 1)
+        assert ours.moe.limit == default("swiglu_limit")
+        assert ours.moe.top_k == (default("num_experts_per_tok") or MOST_CHOSEN[family.name])
     # Kv heads, biases, norms, tied heads and sizes show in the tensors.
     theirs.pad_token_id = None  # beyond this vocabulary
+    if family.name == "dbrx":
+        theirs.attn_config.rope_theta = 1e4  # which transformers reads and has no default of
     if getattr(theirs, "num_key_value_heads", 0) is None:
         theirs.num_key_value_heads = 64
     with torch.device("meta"):
@@ -90,10 +103,17 @@ REFUSED = [
     ("opt", {"word_embed_proj_dim": 512}),
     ("opt", {"layer_norm_elementwise_affine": False}),
     ("bloom", {"apply_residual_connection_post_layernorm": True}),
-    ("mpt", {"attn_config": {"clip_qkv": 6.0}}),
     ("mpt", {"attn_config": {"qk_ln": True}}),
     ("mpt", {"attn_config": {"alibi": False}}),
     ("mpt", {"no_bias": False}),
+    ("deepseek_v2", {"norm_topk_prob": True}),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}),
+    ("deepseek_v2", {"moe_layer_freq": 2}),
+    ("deepseek_v3", {"topk_method": "greedy"}),
+    ("deepseek_v3", {"scoring_func": "softmax"}),
+    ("deepseek_v3", {"attention_bias": True}),
+    ("deepseek_v3", {"rope_interleave": False}),
+    ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": 2}}),
 ]
 
 
@@ -108,6 +128,43 @@ def test_variants_that_are_not_supported_are_refused_by_name(
         read(tmp_path, {**values, **changes})
     field, value = list(changes.items())[-1]
     assert (next(iter(value)) if isinstance(value, dict) else field) in str(caught.value)
+
+
+BAD = [
+    ("mixtral", {"num_experts_per_tok": 9}, "must be at most the number of experts .8., not 9"),
+    ("qwen2_moe", {"mlp_only_layers": 3}, "mlp_only_layers must be a list of layer numbers"),
+    ("deepseek_v3", {"n_group": 7}, "n_group must be a divisor of the number of experts .256."),
+    ("deepseek_v3", {"topk_group": 9}, "topk_group must be at most 8 and enough for 8 experts"),
+    ("deepseek_v3", {"n_group": 64, "topk_group": 1}, "at most 64 and enough for 8 experts"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), BAD, ids=str)
+def test_routers_that_cannot_be_are_told(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    values = {"architectures": [BY_NAME[name].architectures[0]], **REQUIRED, **changes}
+    with pytest.raises(SourceError, match=message):
+        read(tmp_path, values)
+
+
+def test_dense_layers_of_mixtures(tmp_path: Path) -> None:
+    values = {**REQUIRED, "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 6}
+    moe = read(tmp_path, {**values, "decoder_sparse_step": 2, "mlp_only_layers": [3]}).moe
+    assert moe is not None and moe.dense_layers == (0, 2, 3, 4)
+    values = {**values, "architectures": ["DeepseekV3ForCausalLM"], "first_k_dense_replace": 2}
+    config = read(tmp_path, values)
+    assert [config.layer_moe(i) is None for i in range(6)] == [True, True, *[False] * 4]
+
+
+def test_deepseek_scales_scores_where_positions_are_stretched(tmp_path: Path) -> None:
+    values = {**REQUIRED, "architectures": ["DeepseekV3ForCausalLM"]}
+    assert read(tmp_path, values).attention_scale == 192**-0.5
+    yarn = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = read(tmp_path, {**values, "rope_scaling": yarn})
+    # The released V3: 0.1 ln 40 + 1, for q and for k; cos and sin as they are.
+    assert config.attention_scale == pytest.approx(192**-0.5 * 1.3688879**2)
+    assert config.rope is not None and config.rope.attention_factor == 1.0
 
 
 def test_two_ropes_as_transformers_4_spells_them(tmp_path: Path) -> None:

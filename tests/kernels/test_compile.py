@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +22,7 @@ SPILLS = {"attention": 64}
 
 
 def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
-    from cuda_models import MODELS, REAL
+    from cuda_models import MODELS, OLMO, REAL
 
     from llmforge.engine.cuda.target import CudaTarget, engine_kernels
     from llmforge.engine.step import Limits
@@ -34,6 +35,15 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
     for config in [*REAL, *(MODELS[name] for name in names)]:
         graph = CudaTarget().prepare(trace(config, Topology(), 0))
         found.update(engine_kernels(graph, limits, arch))
+    for config, layout in ((REAL[0], (4, 1)), (MODELS["all-biases"], (2, 2)), (OLMO, (2, 1))):
+        # With prompts so long that ranks share the work of an all-reduce.
+        longer = dataclasses.replace(limits, max_num_tokens=2048)
+        for rank in range(layout[0] * layout[1]):
+            graph = CudaTarget().prepare(trace(config, Topology(*layout), rank))
+            found.update(engine_kernels(graph, longer, arch))
+    assert {"all_reduce", "all_gather", "send", "receive", "rms_norm_by"} <= {
+        spec.entry for spec in found.values()
+    }
     return found
 
 

@@ -2,72 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from case import LAYERS, MAX_POSITION, VOCABULARY, Case, rope
+from mixtures import MIXTURES
 
-import torch
-import transformers
-
-VOCABULARY = 101  # divides by nothing
-LAYERS = 3
-MAX_POSITION = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """A transformers config class and what differs from `_COMMON`. Vectors, which are norms'
-    weights for the most part, are drawn around `vector_mean`: 0 where they are stored less one."""
-
-    name: str
-    config: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    vector_mean: float = 1.0
-
-    @property
-    def model_type(self) -> str:
-        return str(self._config_class.model_type)
-
-    @property
-    def _config_class(self) -> Any:
-        return getattr(transformers, f"{self.config}Config")
-
-    def build(self, dtype: torch.dtype) -> transformers.PreTrainedModel:
-        config = self._config_class(**{**_COMMON, **self.settings})
-        torch.manual_seed(7)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            # Large enough that every part of the network shows in the logits, biases included.
-            mean = self.vector_mean if parameter.ndim == 1 else 0.0
-            torch.nn.init.normal_(parameter, mean=mean, std=0.15)
-        return model.to(dtype).eval()
-
-    def save(self, directory: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
-        model = self.build(dtype)
-        model.save_pretrained(directory)
-        return model
-
-
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 88,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": MAX_POSITION,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "initializer_range": 0.2,
-}
-
-
-def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
-    parameters = {"rope_type": rope_type, "rope_theta": 10000.0, **values}
-    return {"rope_parameters": parameters}
-
+__all__ = ["BY_NAME", "CASES", "MAX_POSITION", "VOCABULARY", "Case"]
 
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -81,7 +19,7 @@ _LONGROPE = {
         "long_factor": [1.5, 3.0, 4.0],
     },
 }
-_HALF_ROTATED = _rope("default", partial_rotary_factor=0.5)
+_HALF_ROTATED = rope("default", partial_rotary_factor=0.5)
 _GEMMA2 = {
     "head_dim": 16,
     "tie_word_embeddings": True,
@@ -102,14 +40,14 @@ CASES = [
         {"hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2},
     ),
     Case("llama-gelu", "Llama", {"hidden_act": "gelu_pytorch_tanh"}),
-    Case("llama-linear", "Llama", _rope("linear", factor=4.0)),
-    Case("llama-dynamic", "Llama", {**_rope("dynamic", factor=4.0), "max_position_embeddings": 16}),
+    Case("llama-linear", "Llama", rope("linear", factor=4.0)),
+    Case("llama-dynamic", "Llama", {**rope("dynamic", factor=4.0), "max_position_embeddings": 16}),
     Case(
         "llama-llama3",
         "Llama",
-        _rope("llama3", **_LLAMA3, original_max_position_embeddings=16),
+        rope("llama3", **_LLAMA3, original_max_position_embeddings=16),
     ),
-    Case("llama-yarn", "Llama", _rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    Case("llama-yarn", "Llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
     Case("mistral", "Mistral", {"sliding_window": None, "head_dim": 12}),
     Case("mistral-window", "Mistral", {"sliding_window": 6, "head_dim": 12}),
     Case("qwen2", "Qwen2"),
@@ -221,6 +159,8 @@ CASES = [
     Case("bloom", "Bloom", {"tie_word_embeddings": True}),
     Case("bloom-6-heads", "Bloom", {"num_attention_heads": 6}),
     Case("mpt", "Mpt", {"tie_word_embeddings": True, "max_seq_len": MAX_POSITION}),
+    Case("mpt-clipped", "Mpt", {"max_seq_len": MAX_POSITION, "attn_config": {"clip_qkv": 0.8}}),
     Case("mpt-6-heads", "Mpt", {"num_attention_heads": 6, "max_seq_len": MAX_POSITION}),
+    *MIXTURES,
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -37,13 +37,18 @@ def requests(lengths: tuple[int, ...]) -> list[Request]:
 
 
 def run(
-    directory: Path, tensor: int, pipeline: int, lengths: tuple[int, ...] = LENGTHS
+    directory: Path,
+    tensor: int,
+    pipeline: int,
+    lengths: tuple[int, ...] = LENGTHS,
+    experts: int = 1,
 ) -> list[tuple[int, ...]]:
     """The tokens that an engine of this layout generates, ranks as threads."""
-    output = directory / f"engine-{tensor}-{pipeline}"
+    output = directory / f"engine-{tensor}-{pipeline}-{experts}"
     settings = BuildSettings(
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
+        expert_parallel=experts,
         max_batch_size=4,
         max_seq_len=MAX_POSITION,
         max_num_tokens=16,
@@ -78,7 +83,12 @@ def test_every_layout_gives_the_tokens_of_one_rank(name: str, tmp_path: Path) ->
 
 
 # What every layout above is tried on is left out; of the others each has its own fields.
-OTHERS = [case.name for case in CASES if not case.name.startswith(("llama", "qwen"))]
+# (Mixtures are below.)
+OTHERS = [
+    case.name
+    for case in CASES
+    if case.every_expert is None and not case.name.startswith(("llama", "qwen"))
+]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -88,3 +98,19 @@ def test_two_ranks_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
     expected = run(tmp_path, 1, 1, LENGTHS[2:5])
     for tensor, pipeline in ((2, 1), (1, 2)):
         assert run(tmp_path, tensor, pipeline, LENGTHS[2:5]) == expected, (tensor, pipeline)
+
+
+MIXED = [case.name for case in CASES if case.every_expert is not None]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_experts_on_several_ranks_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
+    """Two groups of one rank, and two of two with the stages of a pipeline behind them."""
+    BY_NAME[name].save(tmp_path / "hf", torch.float32)
+    convert(str(tmp_path / "hf"), tmp_path / "checkpoint", ConvertSettings())
+    lengths = LENGTHS[2:5]
+    expected = run(tmp_path, 1, 1, lengths)
+    for layout in ((2, 1), (1, 2)):
+        assert run(tmp_path, *layout, lengths) == expected, layout
+    for layout in ((2, 1), (4, 1), (2, 2)):
+        assert run(tmp_path, *layout, lengths, experts=2) == expected, layout

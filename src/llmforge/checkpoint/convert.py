@@ -29,7 +29,7 @@ from llmforge.checkpoint.dtypes import convert_into, has_nonfinite, one_torch_th
 from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.mapping import Plan
 from llmforge.checkpoint.params import parameters
-from llmforge.checkpoint.pipeline import BUFFERS, PIECE, BufferPool, Whole, read_ahead
+from llmforge.checkpoint.pipeline import BUFFERS, PIECE, BufferPool, Piece, Whole, read_ahead
 from llmforge.checkpoint.sources.base import Source
 from llmforge.checkpoint.sources.detect import open_path
 from llmforge.checkpoint.sources.hf import HfSource
@@ -148,14 +148,12 @@ class _Conversion:
             if any(t.dtype != self._dtype for t in self._source.tensors.values()):
                 stack.enter_context(one_torch_thread())
             for item in items:
-                if isinstance(item, Whole):
+                if isinstance(item, Whole) and not item.group.part:
                     waiting.update(self._apply(item))
                 else:
                     # Groups come in the order of their first parameter, so this one is due.
-                    [name] = item.group.ours
-                    assert name == due, (name, due)
-                    self._write(name, item.values, functools.partial(self._pool.give, item.buffer))
-                    left -= item.values.size
+                    assert item.group.ours == (due,), (item.group.ours, due)
+                    left -= self._write_part(due, item)
                 del item  # nothing may outlive its turn: read_ahead counts it as gone
                 while not left or due in waiting:
                     if left:
@@ -169,12 +167,24 @@ class _Conversion:
         assert convert is not None
         result = dict(zip(item.group.ours, convert(item.arrays, self._source.config), strict=True))
         for name, array in result.items():
-            if array.shape != (shape := self._specs[name].shape):
+            shape = self._specs[name].shape
+            if item.group.part:
+                shape = item.group.shape or shape[1:]  # of one expert
+            if array.shape != shape:
                 raise SourceError(
                     f"{', '.join(item.group.theirs)} give {name} the shape {list(array.shape)}; "
                     f"it must be {list(shape)}"
                 )
         return result
+
+    def _write_part(self, name: str, item: Piece | Whole) -> int:
+        """Write the next elements of a parameter: how many they are."""
+        if isinstance(item, Piece):
+            self._write(name, item.values, functools.partial(self._pool.give, item.buffer))
+            return item.values.size
+        [part] = self._apply(item).values()
+        self._write_whole(name, part)
+        return part.size
 
     def _write_whole(self, name: str, array: Array) -> None:
         flat = array.reshape(-1)
@@ -187,7 +197,7 @@ class _Conversion:
         bad = has_nonfinite(values)
         if bad:
             self._nonfinite[name] = None
-        dtype = NUMPY_DTYPES[self._dtype]
+        dtype = NUMPY_DTYPES[self._specs[name].dtype or self._dtype]
         if values.dtype != dtype:
             buffer = self._converted.take()
             out = buffer[: values.size * dtype.itemsize].view(dtype)

@@ -69,7 +69,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Whole:
-    """A group with `convert`, and its tensors."""
+    """A group with `convert`, and its tensors or the run of rows that it is about."""
 
     group: Group
     arrays: list[Array]
@@ -95,7 +95,7 @@ def read_ahead(
                         ready.put(piece)
                 else:
                     room.enter(group.nbytes)
-                    ready.put(Whole(group, [source.read(name) for name in group.theirs]))
+                    ready.put(Whole(group, [_read(source, n, group.rows) for n in group.theirs]))
             ready.put(None)
         except Stopped:
             pass
@@ -117,6 +117,17 @@ def read_ahead(
         pool.stop()
         room.stop()
         thread.join()
+
+
+def _read(source: Source, name: str, rows: tuple[int, int] | None) -> Array:
+    """A tensor, or a run of its first dimension."""
+    if rows is None:
+        return source.read(name)
+    info = source.tensors[name]
+    part = info.rows(*rows)
+    result = np.empty(part.nbytes, np.uint8)
+    source.fill(name, part.start - info.start, result)
+    return result.view(NUMPY_DTYPES[info.dtype]).reshape(part.shape)
 
 
 def _pieces(source: Source, group: Group, pool: BufferPool) -> Iterable[Piece]:

@@ -105,6 +105,7 @@ def _print_summary(opened: Checkpoint | Engine) -> None:
     if isinstance(opened, Engine):
         rows += [("target", opened.target), *dataclasses.asdict(opened.topology).items()]
         rows += dataclasses.asdict(opened.limits).items()
+        rows += _flat(data.get("target_details", {}), f"{opened.target}: ")
     print_table(f"{data['kind'].capitalize()} {opened.directory}", ("", ""), rows)
     print_table("Model", ("", ""), _flat(_config_rows(opened.config.to_dict())))
     if isinstance(opened, Engine):

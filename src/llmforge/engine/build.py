@@ -13,6 +13,7 @@ from llmforge.artifact import GB, ArtifactWriter, Manifest, Progress, Warn, no_p
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.store import Checkpoint
+from llmforge.engine.apart import RankJob, compile_apart
 from llmforge.engine.graphs import rank_graphs
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
@@ -78,16 +79,37 @@ def build(
     total = sum(on_disk)
     with ArtifactWriter(output, MANIFEST, overwrite=settings.overwrite) as writer:
         writer.require_space(total)
-        done = 0
-        for rank, graph in zip(ranks, graphs, strict=True):
-            weights = _Reported(
-                RankWeights(checkpoint, topology, rank), progress, rank, done, total
-            )
-            directory = rank_directory(writer.directory, rank)
-            directory.mkdir()
-            for name, (size, checksum) in target.compile(graph, weights, limits, directory).items():
-                writer.record(f"{directory.name}/{name}", size, checksum)
-            done += on_disk[rank]
+        for rank in ranks:
+            rank_directory(writer.directory, rank).mkdir()
+        if target.compiles_apart:
+            peaks = [target.compile_peak(plan) for plan in plans]
+            jobs = [
+                RankJob(
+                    checkpoint_directory.resolve(),
+                    topology,
+                    rank,
+                    graph,
+                    dataclasses.replace(settings, target=name),
+                    limits,
+                    rank_directory(writer.directory, rank).resolve(),
+                    on_disk[rank],
+                    peaks[rank],
+                )
+                for rank, graph in enumerate(graphs)
+            ]
+            compiled = compile_apart(jobs, progress)
+        else:
+            compiled = []
+            for rank, graph in zip(ranks, graphs, strict=True):
+                source = RankWeights(checkpoint, topology, rank)
+                weights = _Reported(source, progress, rank, sum(on_disk[:rank]), total)
+                directory = rank_directory(writer.directory, rank)
+                compiled.append(target.compile(graph, weights, limits, directory))
+        for rank, checksums in enumerate(compiled):
+            for file, (size, checksum) in checksums.items():
+                writer.record(
+                    f"{rank_directory(writer.directory, rank).name}/{file}", size, checksum
+                )
         tokenizer = checkpoint.directory / "tokenizer"
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, writer.directory / "tokenizer")
@@ -98,6 +120,7 @@ def build(
                 "llmforge": __version__,
                 "created_from": created_from,
                 "target": target.name,
+                "target_details": target.details(),
                 "topology": dataclasses.asdict(topology),
                 "limits": dataclasses.asdict(limits),
                 "memory": [dataclasses.asdict(plan) for plan in plans],
@@ -107,16 +130,28 @@ def build(
 
 
 class _Reported:
-    """Weights that report how much of them has been read."""
+    """Weights that report how much of them has been read, or how far the target says it is."""
 
     def __init__(
-        self, weights: RankWeights, progress: Progress, rank: int, done: int, total: int
+        self, weights: RankWeights, progress: Progress, rank: int, start: int, total: int
     ) -> None:
         self._weights, self._progress = weights, progress
-        self._label, self._done, self._total = f"building rank {rank}", done, total
+        self._label, self._total = f"building rank {rank}", total
+        self._done = start
 
     def read(self, parameter: Parameter) -> Array:
-        array = self._weights.read(parameter)
+        return self._advance(self._weights.read(parameter))
+
+    def map(self, parameter: Parameter) -> Array:
+        return self._advance(self._weights.map(parameter))
+
+    def release(self) -> None:
+        self._weights.release()
+
+    def report(self, fraction: float) -> None:
+        """Reading is what takes time here."""
+
+    def _advance(self, array: Array) -> Array:
         self._done += array.nbytes
         self._progress(self._label, self._done, self._total)
         return array

@@ -109,7 +109,8 @@ class _Card:
 
 
 class SharedRegions:
-    """This rank's region, and those of its peers opened. All ranks of `comm` make one together."""
+    """This rank's region, and those of its peers opened. All ranks of `comm` make one together.
+    `addresses` are those of the operands `collectives.GROUP` and `MAIL`, by buffer."""
 
     def __init__(
         self, memory: DeviceMemory, comm: Comm, peers: Peers, group_slot: int, mail_slot: int
@@ -129,20 +130,16 @@ class SharedRegions:
             regions, failed = {r: self._open(cards[r], cards[comm.rank]) for r in peers.all}, None
         except TargetError as error:
             regions, failed = {}, str(error)
-        self._tables: dict[str, int] = {}
+        self.addresses: dict[str, int] = {}
         if reasons := [reason for reason in comm.gather(failed) if reason]:
             self.close()
             raise TargetError(reasons[0])
-        self._tables[GROUP.buffer] = self._table(regions[rank] for rank in peers.group)
+        self.addresses[GROUP.buffer] = self._table(regions[rank] for rank in peers.group)
         mailboxes = (comm.rank, peers.to, peers.source)
         own = {**regions, comm.rank: self._region}
-        self._tables[MAIL.buffer] = self._table(
+        self.addresses[MAIL.buffer] = self._table(
             0 if rank is None else own[rank] + cards[rank].mailbox for rank in mailboxes
         )
-
-    def address(self, buffer: str) -> int:
-        """Where the operands `collectives.GROUP` and `MAIL` are."""
-        return self._tables[buffer]
 
     def close(self) -> None:
         """Give everything back, once no rank uses it any more. All ranks call it."""
@@ -151,10 +148,10 @@ class SharedRegions:
         for address in self._opened:
             self._memory.close_shared(address)
         self._comm.barrier()
-        for address in (self._region, *self._tables.values()):
+        for address in (self._region, *self.addresses.values()):
             self._memory.free(address)
         self._opened.clear()
-        self._tables.clear()
+        self.addresses.clear()
 
     def _open(self, card: _Card, own: _Card) -> int:
         if (card.machine, card.process) == (own.machine, own.process):

@@ -14,14 +14,18 @@ from pathlib import Path
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families.base import Family
+from llmforge.checkpoint.families.deepseek import DEEPSEEK_FAMILIES
 from llmforge.checkpoint.families.gemma import GEMMA_FAMILIES
 from llmforge.checkpoint.families.gpt import GPT_FAMILIES
+from llmforge.checkpoint.families.gpt_oss import GPT_OSS_FAMILIES
 from llmforge.checkpoint.families.layer_norm import LAYER_NORM_FAMILIES
 from llmforge.checkpoint.families.llama import LLAMA_FAMILIES
+from llmforge.checkpoint.families.moe import MOE_FAMILIES
 from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.families.positions import POSITION_FAMILIES
 from llmforge.checkpoint.hf_config import Fields, read_json
-from llmforge.checkpoint.mapping import Ignore, Plan, Rule, make_plan
+from llmforge.checkpoint.mapping import Ignore, Plan, make_plan
+from llmforge.checkpoint.quantized import FP8_BLOCK
 from llmforge.errors import DefinitionError, SourceError, UnsupportedModelError
 from llmforge.safetensors_io import TensorInfo
 
@@ -33,6 +37,9 @@ FAMILIES: tuple[Family, ...] = (
     *LAYER_NORM_FAMILIES,
     *GPT_FAMILIES,
     *POSITION_FAMILIES,
+    *MOE_FAMILIES,
+    *DEEPSEEK_FAMILIES,
+    *GPT_OSS_FAMILIES,
 )
 
 _TIED_HEAD = "the output head is tied to the embedding"
@@ -48,7 +55,7 @@ def read_config(path: Path, own: OwnFamily | None = None) -> tuple[Family, Model
     SourceError and UnsupportedModelError."""
     fields = Fields(path, read_json(path))
     family = _find_family(fields, FAMILIES if own is None else (own.family,))
-    _refuse_quantized(fields)
+    _refuse_quantized(fields, family)
     config = family.read_config(family, dataclasses.replace(fields, aliases=family.aliases))
     generation = path.with_name("generation_config.json")
     if generation.is_file():
@@ -82,9 +89,15 @@ def _find_family(fields: Fields, families: Sequence[Family]) -> Family:
     )
 
 
-def _refuse_quantized(fields: Fields) -> None:
+def _refuse_quantized(fields: Fields, family: Family) -> None:
+    """FP8 with scales by block is converted for all families, what else the family can."""
     if quantization := fields.table("quantization_config"):
         method = quantization.data.get("quant_method", "unknown method")
+        block = quantization.data.get("weight_block_size")
+        if method == "fp8" and block == [FP8_BLOCK, FP8_BLOCK]:
+            return
+        if method in family.quantizations:
+            return
         raise UnsupportedModelError(
             f"{fields.path}: the weights are quantized ({method}), which is not supported; "
             "use the model's unquantized weights"
@@ -98,10 +111,10 @@ def plan_for(
     prefix, rules = family.base_prefix, family.rules_for(config)
     if tensors and not any(name.startswith(prefix) for name in tensors):
         rules = tuple(
-            Rule(tuple(name.removeprefix(prefix) for name in r.theirs), r.ours, r.convert)
+            dataclasses.replace(r, theirs=tuple(name.removeprefix(prefix) for name in r.theirs))
             for r in rules
         )
-    ignored = family.ignored
+    ignored = family.ignored(config) if callable(family.ignored) else family.ignored
     if config.tied_embeddings:
         heads = {name for rule in rules for name in rule.theirs if "head.weight" in rule.ours}
         ignored += tuple(Ignore(re.escape(name), _TIED_HEAD) for name in heads)

@@ -24,10 +24,11 @@ class Family:
 
     architectures: what config.json's `architectures` may say. model_types: what `model_type` may
     say where `architectures` is missing. rules: tensor names, given as a function where they
-    depend on the config. base_prefix: what names begin with except in saves of the bare decoder,
-    without its head. ignored: tensors that are not needed. defaults: of config fields, where
-    transformers' defaults differ from `_DEFAULTS`. aliases: our name of a field → the family's.
-    features: what is particular about it, for docs/families.md.
+    depend on the config, as `ignored` may be. base_prefix: what names begin with except in saves
+    of the bare decoder, without its head. ignored: tensors that are not needed. defaults: of
+    config fields, where transformers' defaults differ from `_DEFAULTS`. aliases: our name of a
+    field → the family's. features: what is particular about it, for docs/families.md.
+    quantizations: ways of quantizing (`quant_method`) that its rules know.
     """
 
     name: str
@@ -36,10 +37,11 @@ class Family:
     read_config: Callable[[Family, Fields], ModelConfig]
     rules: Rules | Callable[[ModelConfig], Rules]
     base_prefix: str
-    ignored: tuple[Ignore, ...] = ()
+    ignored: tuple[Ignore, ...] | Callable[[ModelConfig], tuple[Ignore, ...]] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     features: str = ""
+    quantizations: tuple[str, ...] = ()
 
     def default(self, name: str) -> Any:
         """What transformers takes for a field that config.json leaves out."""
@@ -79,7 +81,7 @@ def read_common(family: Family, fields: Fields, **own: Any) -> ModelConfig:
         kv_heads = fields.integer("num_key_value_heads", _default_kv_heads(family, fields, heads))
     if heads % kv_heads:
         raise fields.bad("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    head_dim = read_head_dim(family, fields, hidden, heads)
+    head_dim = own.pop("head_dim", None) or read_head_dim(family, fields, hidden, heads)
     max_position = fields.integer(
         "max_position_embeddings", family.default("max_position_embeddings")
     )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmforge.artifact import Warn
 from llmforge.checkpoint.config import ModelConfig
-from llmforge.checkpoint.mapping import Plan
+from llmforge.checkpoint.mapping import SOURCE_DTYPES, Plan
 from llmforge.safetensors_io import Array, TensorInfo
 
 _COMPARE = 1 << 22
@@ -66,11 +66,13 @@ class Tensors(Protocol):
 
 
 def common_dtype(plan: Plan, tensors: Mapping[str, TensorInfo], warn: Warn) -> str:
-    """The dtype of most of the weights' bytes."""
+    """The dtype of most of the bytes of weights that are not quantized."""
     sizes: dict[str, int] = {}
     for group in plan.groups:
-        for name in group.theirs:
-            dtype = tensors[name].dtype
+        dtypes = [tensors[name].dtype for name in group.theirs]
+        if group.own_dtype or any(dtype not in SOURCE_DTYPES for dtype in dtypes):
+            continue
+        for name, dtype in zip(group.theirs, dtypes, strict=True):
             sizes[dtype] = sizes.get(dtype, 0) + tensors[name].nbytes
     common = max(sizes, key=lambda dtype: (sizes[dtype], dtype))
     ours = "float32" if common == "float64" else common

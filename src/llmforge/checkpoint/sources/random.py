@@ -53,15 +53,16 @@ class RandomSource:
         self._seed = seed
         self._specs = parameters(self.config)
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(self.config.dtype, spec.shape, 0, math.prod(spec.shape) * self._bytes)
+            name: TensorInfo(
+                dtype := spec.stored_as(self.config),
+                spec.shape,
+                0,
+                math.prod(spec.shape) * DTYPE_BYTES[dtype],
+            )
             for name, spec in self._specs.items()
         }
         groups = (Group((name,), (name,), None, t.nbytes) for name, t in self.tensors.items())
         self.plan = Plan(tuple(groups), {})
-
-    @property
-    def _bytes(self) -> int:
-        return DTYPE_BYTES[self.config.dtype]
 
     def read(self, name: str) -> Array:
         info = self.tensors[name]
@@ -71,7 +72,7 @@ class RandomSource:
 
     def fill(self, name: str, first: int, out: NDArray[np.uint8]) -> None:
         if first == 0:
-            self._stream = _Stream(self._specs[name], self._seed, self.config.dtype)
+            self._stream = _Stream(self._specs[name], self._seed, self.tensors[name].dtype)
         self._stream.draw(first, out)
 
     def close(self) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from llmforge.engine.cpu.experts import Experts, HeadLinear, Route
 from llmforge.engine.cpu.kernels import KERNELS, StepContext
-from llmforge.engine.cpu.linear import Linear, linear_of
+from llmforge.engine.cpu.linear import linear_of
 from llmforge.engine.memory import last_uses
 from llmforge.model.graph import Graph
 from llmforge.model.reference import Context, Meaning
@@ -36,14 +37,17 @@ class Executor:
         packed, and not kept beside that unless another op reads them."""
         self.graph = graph
         last = last_uses(graph)
-        linears: dict[str, Linear] = {}
+        packed: dict[tuple[str, ...], Meaning] = {}
         self._program = []
         for index, node in enumerate(graph.nodes):
             inputs, kernel = node.inputs, KERNELS[node.op]
-            if node.op == "linear":
-                x, weight, bias = inputs
-                linears.setdefault(weight, linear_of(fixed[weight]))
-                inputs, kernel = (x, bias), _bound(linears[weight])
+            if node.op in PACKED:
+                positions, pack = PACKED[node.op]
+                weights = tuple(inputs[i] for i in positions)
+                if weights not in packed:
+                    packed[weights] = pack(*(fixed[name] for name in weights))
+                kernel = packed[weights]
+                inputs = tuple(n for i, n in enumerate(inputs) if i not in positions)
             names = dict.fromkeys((*node.inputs, *node.outputs))
             free = tuple(n for n in names if n and n not in fixed and last[n] == index)
             self._program.append(_Instruction(kernel, inputs, node.outputs, node.attrs, free))
@@ -72,10 +76,21 @@ class Executor:
         return [values[name] for name in self.graph.outputs]
 
 
-def _bound(linear: Linear) -> Meaning:
+def _linear(weight: Tensor) -> Meaning:
     """The op `linear` with its weight given: inputs (x, bias)."""
+    linear = linear_of(weight)
 
     def kernel(inputs: Sequence[Any], attrs: Mapping[str, Any], _: Context) -> tuple[Tensor]:
         return (linear(*inputs),)
 
     return kernel
+
+
+# Ops whose weights are packed as the engine loads: which inputs these are, and what makes of them
+# a kernel that takes the other inputs.
+PACKED: dict[str, tuple[tuple[int, ...], Callable[..., Meaning]]] = {
+    "linear": ((1,), _linear),
+    "route": ((1,), Route),
+    "experts": ((3, 4), Experts),
+    "head_linear": ((1,), HeadLinear),
+}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,6 +16,7 @@ from llmforge.artifact import GB
 from llmforge.comm import Comm
 from llmforge.engine.cpu.attention import attention_workspace, new_cache
 from llmforge.engine.cpu.executor import Executor
+from llmforge.engine.cpu.experts import experts_workspace
 from llmforge.engine.cpu.kernels import StepContext
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes, plan_memory
 from llmforge.engine.step import Limits, StepBatch, StepResult
@@ -32,13 +35,17 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 class CpuTarget:
-    """Plain torch on the CPU; always available, since torch is a dependency of llmforge."""
+    """Plain torch on the CPU: available wherever torch is."""
 
     name = "cpu"
     linear_cache = False
+    compiles_apart = False
 
     def configured(self, settings: BuildSettings) -> CpuTarget:
         return self
+
+    def details(self) -> dict[str, Any]:
+        return {}
 
     def available(self) -> str | None:
         return None
@@ -48,16 +55,22 @@ class CpuTarget:
 
     def memory(self, graph: Graph, limits: Limits) -> MemoryPlan:
         """Besides what the graph needs: a weight that is looked up and multiplied (a tied
-        embedding) is held in both forms; the cache has a zero block; attention gathers keys and
-        masks scores."""
+        embedding) is held in both forms, and a router's in float32; the cache has a zero block;
+        attention gathers keys and masks scores; a mixture sorts its tokens by expert."""
         plan, sizes = plan_memory(graph, limits), largest_step(limits)
         readers = graph.consumers()
         both = [p for p in graph.parameters if len({n.op for n in readers[p.name]}) > 1]
+        routers = [graph.tensors[n.inputs[1]] for n in graph.nodes if n.op == "route"]
+        wide = [replace(router, dtype="float32") for router in routers]
+        work = attention_workspace(graph, limits) + experts_workspace(graph, limits)
         return MemoryPlan(
-            weights=plan.weights + sum(nbytes(p, sizes) for p in both),
+            weights=plan.weights + sum(nbytes(p, sizes) for p in (*both, *wide)),
             kv_cache=plan.kv_cache // limits.num_blocks * (limits.num_blocks + 1),
-            activations=plan.activations + attention_workspace(graph, limits),
+            activations=plan.activations + work,
         )
+
+    def compile_peak(self, plan: MemoryPlan) -> int:
+        return plan.weights
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())

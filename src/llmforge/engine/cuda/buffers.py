@@ -14,6 +14,7 @@ from llmforge.engine.device_sampling import PARAMS, check_drawn, fill_params
 from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits, StepBatch
 from llmforge.kernels.attention import split_scratch_sizes
+from llmforge.kernels.collectives import PARTS
 from llmforge.kernels.launch import Operand
 from llmforge.kernels.stream import stream_plan, stream_scratch_floats
 from llmforge.model.graph import Graph
@@ -33,7 +34,10 @@ class Memory:
         weights: Mapping[str, Tensor],
         all_programs: list[Program],
         device: torch.device,
+        shared: Mapping[str, int],
     ) -> None:
+        """shared: addresses of the buffers that ranks exchange by."""
+        self._shared = shared
         self.programs = all_programs
         self.limits = limits
         sizes = largest_step(limits)
@@ -48,7 +52,8 @@ class Memory:
                 self.tensors[name] = torch.tensor(values, dtype=torch.float32, device=device)
         batch = limits.max_batch_size
         partial, counters = _split_scratch(graph, all_programs)
-        vocab = max(p.operands[p.outputs[0]].features for p in all_programs)
+        outputs = [p.operands[name] for p in all_programs for name in p.outputs]
+        vocab = max((logits.features for logits in outputs), default=0)
         shapes = {
             "scratch.partial": (partial, torch.float32),
             "scratch.counters": (counters, torch.int32),
@@ -59,6 +64,8 @@ class Memory:
             "sample.history": (batch * limits.max_seq_len, torch.int32),
             "sample.seen": (batch * -(-vocab // 32), torch.int32),
         }
+        gathered = [p.group_slot for p in all_programs if not p.shape.links.group]
+        shapes[PARTS] = (max(gathered, default=0), torch.uint8)
         for name, (count, dtype) in shapes.items():
             self.tensors[name] = torch.zeros(max(count, 1), dtype=dtype, device=device)
         # The largest logits lie behind the tokens: one copy brings both.
@@ -80,6 +87,8 @@ class Memory:
         if name.startswith("step."):
             field = program.layout.fields[name.removeprefix("step.")]
             return self.step_device.data_ptr() + field.offset
+        if name in self._shared:
+            return self._shared[name]
         return self.tensors[name].data_ptr()
 
     def view(self, program: Program, operand: Operand, rows: int | None = None) -> Tensor:

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmforge.comm import Comm
 from llmforge.engine.cuda.buffers import Memory
 from llmforge.engine.cuda.modules import load_modules, read_graph
-from llmforge.engine.cuda.program import Instruction, Matmul, Program
+from llmforge.engine.cuda.program import Instruction, Matmul, Program, Transfer
+from llmforge.engine.cuda.ranks import Ranks, take_device
 from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.cuda.target import (
     GRAPH_FILE,
@@ -26,13 +28,18 @@ from llmforge.engine.cuda.target import (
 from llmforge.engine.cuda.weights import load_weights
 from llmforge.engine.device_sampling import GREEDY, PARAMS, fill_params
 from llmforge.engine.step import Limits, StepBatch, StepResult
+from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, PARTS, TENSOR_RANK
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
 from llmforge.kernels.launch import Launch
 from llmforge.model.graph import Graph
+from llmforge.parallel import Topology
 
 Tensor = torch.Tensor
 Call = Callable[[int], None]
-SIZES = ("tokens", "sequences", "rows", "longest_query", "processors")
+SIZES = (
+    "tokens", "sequences", "rows", "longest_query", "processors",
+    TENSOR_RANK, GROUP_SLOT, MAIL_SLOT,
+)  # fmt: skip
 STEP_ARRAYS = (
     "token_ids", "positions", "query_starts", "kv_lens", "prompt_lens", "logit_rows",
 )  # fmt: skip
@@ -48,10 +55,12 @@ class CudaExecutable:
         modules: Mapping[str, Module],
         arch: str,
         limits: Limits,
+        ranks: Ranks,
     ) -> None:
         """`weights` are the graph's parameters on the current device, `modules` its kernels for
         `arch`."""
         self.limits = limits
+        self.ranks = ranks
         self.graph = graph
         self.device = torch.device("cuda", torch.cuda.current_device())
         # float32 means float32: no product may be rounded to TensorFloat-32.
@@ -62,7 +71,9 @@ class CudaExecutable:
         properties = torch.cuda.get_device_properties(self.device)
         self.sizes.set("processors", properties.multi_processor_count)
         self._last: _Runner
-        self.memory = Memory(graph, limits, weights, programs(graph, limits, arch), self.device)
+        lowered = programs(graph, limits, arch, ranks.links)
+        shared = ranks.connect(lowered, self.sizes)
+        self.memory = Memory(graph, limits, weights, lowered, self.device, shared)
         with torch.cuda.stream(self._stream):
             self._general, *decodes = (_Runner(program, self) for program in self.memory.programs)
             self._decodes = {runner.program.shape.sequences: runner for runner in decodes}
@@ -71,13 +82,17 @@ class CudaExecutable:
         self._stream.synchronize()
 
     @classmethod
-    def open(cls, directory: Path, limits: Limits) -> CudaExecutable:
-        """The engine in a rank's directory. Raises StoreError where a file of it is corrupt."""
-        device = torch.device("cuda", torch.cuda.current_device())
+    def open(
+        cls, directory: Path, topology: Topology, limits: Limits, comm: Comm
+    ) -> CudaExecutable:
+        """The engine in a rank's directory. Raises StoreError where a file of it is corrupt,
+        TargetError where ranks cannot reach each other."""
+        device = take_device(comm)
         graph = read_graph(directory / GRAPH_FILE)
         modules, arch = load_modules(directory, device)
         weights = load_weights(directory / WEIGHTS_FILE, graph, device)
-        return cls(graph, weights, modules, arch, limits)
+        ranks = Ranks(comm, topology, device)
+        return cls(graph, weights, modules, arch, limits, ranks)
 
     def step(self, batch: StepBatch) -> StepResult:
         """Tokens where `batch` says how to sample, else logits."""
@@ -88,6 +103,8 @@ class CudaExecutable:
             runner.run(batch)
             self._stream.synchronize()
             self._last = runner
+            if self.ranks.rank != 0:
+                return StepResult()
             rows = len(batch.logit_rows)
             if batch.sampling or not rows:
                 return StepResult(tokens=self.memory.tokens(batch))
@@ -133,6 +150,7 @@ class CudaExecutable:
 
     def close(self) -> None:
         self._decodes.clear()
+        self.ranks.close()
         del self._general, self.memory, self._modules
         torch.cuda.empty_cache()
 
@@ -152,6 +170,8 @@ class CudaExecutable:
         call = instruction.call
         if isinstance(call, Matmul):
             return _BoundMatmul(call, self.memory, program, self.sizes)
+        if isinstance(call, Transfer):
+            return _BoundTransfer(call, self.memory, program, self.sizes, self.ranks)
         return self.bind_launch(call, program)
 
     def bind_launch(self, launch: Launch, program: Program) -> Call:
@@ -173,7 +193,9 @@ class _Runner:
         self._memory = owner.memory
         self._sizes = owner.sizes
         self._calls = [owner.bind(i, program) for i in program.instructions]
-        self._sample = owner.bind_launch(sampling_launch(program), program)
+        # Rank 0 draws, whoever computes the logits.
+        draws = owner.ranks.rank == 0
+        self._sample = owner.bind_launch(sampling_launch(program), program) if draws else None
         self.graph: torch.cuda.CUDAGraph | None = None
         layout = program.layout
         self._host = self._memory.step_host[: layout.nbytes]
@@ -228,7 +250,7 @@ class _Runner:
         self._device.copy_(self._host, non_blocking=True)
         for call in self._calls if stop_after is None else self._calls[: stop_after + 1]:
             call(stream)
-        if stop_after is None and self._sizes.get("rows"):
+        if self._sample and stop_after is None and self._sizes.get("rows"):
             self._sample(stream)
             drawn = self._memory.tensors["sample.tokens"]
             self._memory.drawn_host.copy_(drawn, non_blocking=True)
@@ -290,3 +312,20 @@ class _BoundMatmul:
             torch.mm(x, self._weight, out=out)
         else:
             torch.addmm(self._bias, x, self._weight, out=out)
+
+
+class _BoundTransfer:
+    """NCCL's part of an exchange, on views of the buffers."""
+
+    def __init__(
+        self, call: Transfer, memory: Memory, program: Program, sizes: Sizes, ranks: Ranks
+    ) -> None:
+        self._rows = str(call.operand.shape[0])
+        most = program.shape.tokens if self._rows == "tokens" else program.shape.sequences
+        self._call, self._sizes, self._ranks = call, sizes, ranks
+        self._operand = memory.view(program, call.operand, most)
+        self._parts = memory.tensors[PARTS]
+
+    def __call__(self, stream: int) -> None:
+        if rows := self._sizes.get(self._rows):
+            self._ranks.transfer(self._call, self._operand[:rows], self._parts)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from llmforge.checkpoint.config import RopeConfig
+from llmforge.engine.cuda import collectives
 from llmforge.engine.cuda.patterns import PATTERNS
 from llmforge.engine.cuda.products import attend, norm, product
 from llmforge.engine.cuda.program import Program, StepShape
@@ -124,6 +125,17 @@ def _activation(low: Lowering, node: Node) -> None:
     low.emit(kernels.activation(out, x, **node.attrs), node.outputs[0])
 
 
+def _square_sum(low: Lowering, node: Node) -> None:
+    x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
+    low.emit(kernels.square_sum(out, x), node.outputs[0])
+
+
+def _rms_norm_by(low: Lowering, node: Node) -> None:
+    x, sums, weight = (low.operand(name) for name in node.inputs)
+    out = low.new(node.outputs[0])
+    low.emit(kernels.rms_norm_by(out, x, sums, weight, **node.attrs), node.outputs[0])
+
+
 def _scale(low: Lowering, node: Node) -> None:
     x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
     low.emit(kernels.scale(out, x, **node.attrs), node.outputs[0])
@@ -149,6 +161,13 @@ def refuse(low: Lowering, node: Node) -> NoReturn:
     raise BuildError(f"the cuda target cannot execute {node.op} yet")
 
 
+COLLECTIVES: dict[str, Callable[[Lowering, Node], None]] = {
+    "all_reduce": collectives.all_reduce,
+    "all_gather": collectives.all_gather,
+    "send": collectives.send,
+    "recv": collectives.recv,
+}
+
 LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
     "embed": _embed,
     "linear": _linear,
@@ -164,8 +183,8 @@ LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
     "activation": _activation,
     "scale": _scale,
     "soft_cap": _soft_cap,
-    "square_sum": refuse,
-    "rms_norm_by": refuse,
+    "square_sum": _square_sum,
+    "rms_norm_by": _rms_norm_by,
     "gated_activation": _gated_activation,
     "latent_attention": refuse,
     "head_linear": refuse,
@@ -174,8 +193,5 @@ LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
     "experts": refuse,
     "token_gate": refuse,
     "select_rows": _select_rows,
-    "all_reduce": refuse,
-    "all_gather": refuse,
-    "send": refuse,
-    "recv": refuse,
+    **COLLECTIVES,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llmforge.engine.cuda.collectives import all_reduce_add
 from llmforge.engine.cuda.products import attend, norm, product, streams
 from llmforge.engine.cuda.state import Lowering
 from llmforge.kernels import attention
@@ -138,5 +139,6 @@ PATTERNS: tuple[Callable[[Lowering, int], int], ...] = (
     _qkv_attention,
     _linear_gated,
     _linear_add,
+    all_reduce_add,
 )
 """Each returns how many nodes it has lowered, from `index` on; 0 where it does not apply."""

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from llmforge.engine.step import Limits
 from llmforge.kernels.compile import KernelSpec
 from llmforge.kernels.launch import DTYPE_BYTES, SAMPLE_PARAMS_BYTES, Dim, Launch, Operand
 
 ALIGNMENT = 256  # bytes; what cudaMalloc gives, and more than any load needs
+
+
+@dataclass(frozen=True)
+class Links:
+    """How ranks exchange: in memory that they share (kernels/exchange.py), else by NCCL. group:
+    those of a tensor-parallel group; messages: those of neighbouring pipeline stages."""
+
+    group: bool = True
+    messages: bool = True
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class StepShape:
     sequences: int
     decode: bool
     bulk_copies: bool = False
+    links: Links = Links()
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,26 @@ class Matmul:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """NCCL's part of an exchange. gather: the operand of every rank of the tensor-parallel
+    group into `collectives.PARTS`; send, receive: the operand to or from the rank `peer`."""
+
+    kind: Literal["gather", "send", "receive"]
+    operand: Operand
+    peer: int = 0
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One step of a program, and the graph tensors that are computed once it has run."""
 
-    call: Launch | Matmul
+    call: Launch | Matmul | Transfer
     tensors: tuple[str, ...]
 
     @property
     def operands(self) -> list[Operand]:
+        if isinstance(self.call, Transfer):
+            return [self.call.operand]
         if isinstance(self.call, Matmul):
             found = (self.call.x, self.call.weight, self.call.bias, self.call.out)
             return [o for o in found if o is not None]
@@ -93,7 +116,8 @@ class StepLayout:
 @dataclass(frozen=True)
 class Program:
     """Instructions over buffers: of the arena (byte offsets in `arena`), the parameters, the
-    states, the step's upload ("step.NAME"), `constants`, and the scratch that programs share."""
+    states, the step's upload ("step.NAME"), `constants`, and the scratch that programs share.
+    `group_slot` and `mail_slot`: the bytes that its exchanges with other ranks need at once."""
 
     shape: StepShape
     layout: StepLayout
@@ -103,6 +127,8 @@ class Program:
     constants: Mapping[str, tuple[float, ...]]
     arena: Mapping[str, int]
     arena_bytes: int
+    group_slot: int = 0
+    mail_slot: int = 0
 
     @property
     def kernels(self) -> dict[str, KernelSpec]:

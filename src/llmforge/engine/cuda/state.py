@@ -10,6 +10,7 @@ from llmforge.engine.cuda.program import (
     Program,
     StepLayout,
     StepShape,
+    Transfer,
     buffer_bytes,
     plan_arena,
 )
@@ -17,7 +18,7 @@ from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits
 from llmforge.kernels import stream
 from llmforge.kernels.attention import Cache
-from llmforge.kernels.launch import Launch, Operand
+from llmforge.kernels.launch import Dim, Launch, Operand
 from llmforge.model.graph import Graph, Node
 
 # Blocks a sequence's keys are divided among at most: enough to fill a large GPU from one sequence.
@@ -48,6 +49,7 @@ class Lowering:
         self.constants: dict[str, tuple[float, ...]] = {}
         self.deferred: dict[str, DeferredNorm] = {}
         self.streamed = 0  # products by stream_gemm.cu so far
+        self.group_slot = self.mail_slot = 0  # as Program has them
         self._instructions: list[Instruction] = []
         self._buffers: dict[str, int] = {}
         self._sizes = largest_step(limits) | {
@@ -77,6 +79,8 @@ class Lowering:
             self.constants,
             arena,
             nbytes,
+            self.group_slot,
+            self.mail_slot,
         )
 
     def operand(self, name: str) -> Operand:
@@ -91,9 +95,13 @@ class Lowering:
         self.operands[name] = operand
         return operand
 
-    def emit(self, call: Launch | Matmul, *tensors: str) -> None:
+    def emit(self, call: Launch | Matmul | Transfer, *tensors: str) -> None:
         """Append an instruction; `tensors` are computed once it has run."""
         self._instructions.append(Instruction(call, tensors))
+
+    def largest(self, dim: Dim) -> int:
+        """The most that a dimension is in steps of this program."""
+        return dim if isinstance(dim, int) else self._sizes[dim]
 
     def split(self, node: Node) -> None:
         """The outputs of a split node: parts of every row, where they are."""

@@ -11,10 +11,11 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llmforge.comm import Comm
-from llmforge.engine.cuda.lowering import LOWERINGS, lower, refuse
-from llmforge.engine.cuda.program import Program, StepShape
+from llmforge.engine.cuda.lowering import COLLECTIVES, LOWERINGS, lower, refuse
+from llmforge.engine.cuda.program import Links, Program, StepShape
 from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
@@ -34,6 +35,7 @@ GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 PLAN_FILE = "plan.json"
 KERNELS = "kernels"
+_ALL_DIRECT = Links()
 
 
 class CudaTarget:
@@ -41,6 +43,7 @@ class CudaTarget:
 
     name = "cuda"
     linear_cache = False
+    compiles_apart = False
 
     def __init__(
         self, archs: Sequence[str] = (), cache: Path | None = compiler.DEFAULT_CACHE
@@ -54,6 +57,9 @@ class CudaTarget:
         check_archs(settings.arch)
         return CudaTarget(settings.arch, self._cache)
 
+    def details(self) -> dict[str, Any]:
+        return {"archs": list(self._archs or _local_arch() or ARCHS)}
+
     def available(self) -> str | None:
         """Building needs the compiler only; `load` says what it lacks."""
         return compiler.unavailable()
@@ -64,8 +70,8 @@ class CudaTarget:
             refused.add("attention sinks")
         if refused:
             raise BuildError(
-                f"the cuda target cannot execute {', '.join(sorted(refused))} yet; build with "
-                "tensor_parallel 1 and pipeline_parallel 1, or for the target cpu"
+                f"the cuda target cannot execute {', '.join(sorted(refused))} yet; build for the "
+                "target cpu"
             )
         return apply(graph, PASSES)
 
@@ -73,11 +79,17 @@ class CudaTarget:
         """Weights, KV cache with the spare block, and the buffers that all steps share."""
         sizes = largest_step(limits)
         sizes["blocks"] += 1
+        lowered = programs(graph, limits, PTX_ARCH)
+        # Two slots of each: kernels/csrc/exchange.cuh.
+        shared = 2 * (max(p.group_slot for p in lowered) + max(p.mail_slot for p in lowered))
         return MemoryPlan(
             weights=sum(nbytes(p, sizes) for p in graph.parameters),
             kv_cache=sum(nbytes(s, sizes) for s in graph.states),
-            activations=max(p.arena_bytes for p in programs(graph, limits, PTX_ARCH)),
+            activations=max(p.arena_bytes for p in lowered) + shared,
         )
+
+    def compile_peak(self, plan: MemoryPlan) -> int:
+        return plan.weights
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())
@@ -94,7 +106,7 @@ class CudaTarget:
             raise TargetError(f"this engine is for the target cuda and cannot run here: {reason}")
         from llmforge.engine.cuda.executable import CudaExecutable
 
-        return CudaExecutable.open(directory, limits)
+        return CudaExecutable.open(directory, topology, limits, comm)
 
 
 def _no_gpu() -> str | None:
@@ -131,22 +143,26 @@ def decode_buckets(limits: Limits) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
-def programs(graph: Graph, limits: Limits, arch: str) -> list[Program]:
+def programs(graph: Graph, limits: Limits, arch: str, links: Links = _ALL_DIRECT) -> list[Program]:
     """The programs of an engine on GPUs of `arch`: that of any step, then those of the decode
     buckets."""
     bulk_copies = compiler.arch_number(arch) >= 90
-    general = StepShape(limits.max_num_tokens, limits.max_batch_size, decode=False)
-    decodes = [StepShape(size, size, True, bulk_copies) for size in decode_buckets(limits)]
+    general = StepShape(limits.max_num_tokens, limits.max_batch_size, False, links=links)
+    decodes = [StepShape(size, size, True, bulk_copies, links) for size in decode_buckets(limits)]
     return [lower(graph, limits, shape) for shape in (general, *decodes)]
 
 
 def engine_kernels(graph: Graph, limits: Limits, arch: str) -> dict[str, KernelSpec]:
-    """Every kernel that an engine of this graph may launch on GPUs of `arch`, by key."""
+    """Every kernel that an engine of this graph may launch on GPUs of `arch`, by key. How ranks
+    reach each other shows where it runs."""
     kernels: dict[str, KernelSpec] = {}
-    for program in programs(graph, limits, arch):
-        kernels.update(program.kernels)
-        kernel = sampling_launch(program).kernel
-        kernels[kernel.key] = kernel
+    joined = any(node.op in COLLECTIVES for node in graph.nodes)
+    for links in (_ALL_DIRECT, Links(group=False, messages=False))[: 2 if joined else 1]:
+        for program in programs(graph, limits, arch, links):
+            kernels.update(program.kernels)
+            if program.outputs:
+                kernel = sampling_launch(program).kernel
+                kernels[kernel.key] = kernel
     return kernels
 
 
