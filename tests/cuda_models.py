@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llmforge.checkpoint.config import ModelConfig, RopeConfig
+from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.params import ParamSpec, parameters
 from llmforge.engine.step import Limits, SampleRow, SamplingParams, StepBatch
 from llmforge.model.graph import Graph, Parameter
@@ -95,6 +95,39 @@ MODELS = {
 }  # fmt: skip
 
 
+MODELS |= {
+    "experts": tiny(moe=MoeConfig(num_experts=8, top_k=2, expert_size=48, normalize=True)),
+    "experts-odd": tiny(
+        hidden_size=36, head_dim=6, num_heads=3, num_kv_heads=1,
+        moe=MoeConfig(num_experts=5, top_k=3, expert_size=22, dense_layers=(0,)),
+    ),
+    "experts-shared": tiny(
+        moe=MoeConfig(
+            num_experts=40, top_k=4, expert_size=32, shared_size=64, shared_gate=True,
+        ),
+        qkv_clamp=2.0,
+    ),
+    "sinks-and-limited-experts": tiny(
+        attention_sinks=True, window=20, qkv_bias=True, attention_output_bias=True,
+        moe=MoeConfig(
+            num_experts=6, top_k=2, expert_size=64, normalize=True, router_bias=True,
+            expert_bias=True, alpha=1.702, limit=1.0,
+        ),
+    ),
+    "latents": tiny(
+        num_kv_heads=1, head_dim=24, rope={"dim": 8},
+        latent=LatentConfig(q_rank=40, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=20),
+        moe=MoeConfig(
+            num_experts=16, top_k=3, expert_size=32, dense_layers=(0,), score="sigmoid",
+            normalize=True, scale=2.5, groups=4, kept_groups=2, group_top=2, correction=True,
+            shared_size=32,
+        ),
+    ),
+    "latents-wide": tiny(
+        num_kv_heads=1, num_heads=2, head_dim=192, rope={"dim": 64}, num_layers=1,
+        latent=LatentConfig(q_rank=None, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128),
+    ),
+}  # fmt: skip
 OLMO = tiny(qk_norm=True, qk_norm_span="all", pre_norm=False, post_norm=True)
 """Norms of q and k over all heads, which ranks compute together."""
 MODELS["norms-over-heads"] = OLMO
@@ -109,9 +142,9 @@ class RandomWeights:
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        dtype = NUMPY_DTYPES[config.dtype]
 
         def draw(spec: ParamSpec) -> Any:
+            dtype = NUMPY_DTYPES[spec.stored_as(config)]
             return (spec.init_mean + spec.init_std * rng.standard_normal(spec.shape)).astype(dtype)
 
         self.values = {spec.name: draw(spec) for spec in parameters(config).values()}
