@@ -13,7 +13,9 @@ import numpy as np
 from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.params import ParamSpec, parameters
 from llmforge.engine.step import Limits, SampleRow, SamplingParams, StepBatch
+from llmforge.engine.weights import RankWeights
 from llmforge.model.graph import Graph, Parameter
+from llmforge.parallel import Topology
 from llmforge.safetensors_io import NUMPY_DTYPES
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=160, max_num_tokens=128, block_size=16, num_blocks=40)
@@ -151,6 +153,31 @@ class RandomWeights:
 
     def read(self, parameter: Parameter) -> Any:
         return np.concatenate([self.values[name] for name in parameter.parts])
+
+
+class WholeWeights:
+    """Random weights in the place of a checkpoint, for `RankWeights` to take a rank's shares of."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config = config
+        self._values = RandomWeights(config, seed).values
+
+    def read(
+        self,
+        name: str,
+        dim: int = 0,
+        start: int | None = None,
+        stop: int | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Any:
+        values = self._values[name] if rows is None else self._values[name][slice(*rows)]
+        index = [slice(None)] * values.ndim
+        index[dim] = slice(start, stop)
+        return np.ascontiguousarray(values[tuple(index)])
+
+
+def rank_weights(config: ModelConfig, seed: int, topology: Topology, rank: int) -> RankWeights:
+    return RankWeights(WholeWeights(config, seed), topology, rank)  # type: ignore[arg-type]
 
 
 def compile_into(target: Any, graph: Graph, weights: Any, limits: Limits, out: Path) -> Path:
