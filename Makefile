@@ -71,9 +71,9 @@ $(VENV)/.created:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) -e '.[mpi]'
+	$(INSTALL) -e '.[mpi,torch]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) -e '.[mpi,cuda,verify,dev]'
+	$(INSTALL) -e '.[mpi,torch,cuda,tensorrt-rtx,verify,dev]'
 	touch $@ $(VENV)/.demo

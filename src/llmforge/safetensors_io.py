@@ -1,4 +1,4 @@
-"""The safetensors format, read and written with plain file calls: no torch, no mapped memory.
+"""The safetensors format, read and written with plain file calls, or mapped; without torch.
 
 Layout: 8 bytes little-endian header length, a JSON header, then the tensors' bytes end to end
 (https://github.com/huggingface/safetensors, "Format"). A mapped file's pages count as resident
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import weakref
 from collections import deque
@@ -110,6 +111,7 @@ class SafetensorsFile:
         except OSError as failure:
             raise error(f"cannot read {path}: {failure.strerror}") from failure
         self._finalizer = weakref.finalize(self, os.close, self._fd)
+        self._mapped: mmap.mmap | None = None
         try:
             self.tensors, self.metadata = self._parse_header()
         except BaseException:
@@ -155,6 +157,21 @@ class SafetensorsFile:
             block = self._read_bytes(info.start + first * row, count * row).reshape(count, row)
             result[first : first + count] = block[:, start * inner : stop * inner]
         return result.reshape(-1).view(dtype).reshape(shape)
+
+    def map(self, name: str) -> Array:
+        """The tensor where it lies in the file, read-only: pages are read as they are touched,
+        and the system may drop them again. They count as the process's resident memory."""
+        info = self.tensors[name]
+        if self._mapped is None:
+            self._mapped = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+        flat = np.frombuffer(self._mapped, np.uint8, info.nbytes, info.start)
+        return flat.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+    def release(self) -> None:
+        """Let go of the memory of what is mapped: what is touched again is read again, from the
+        system's cache if it is there."""
+        if self._mapped is not None:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def fill(self, name: str, first: int, out: NDArray[np.uint8]) -> None:
         """Copy the tensor's bytes from number `first` on into `out`, which they fill."""

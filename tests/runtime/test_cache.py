@@ -86,3 +86,14 @@ def test_a_sequence_that_cannot_grow_is_left_as_it_was():
     assert cache.count(0) == 2 and cache.num_free == 0
     cache.free(1)
     assert cache.grow(0, 9) and cache.table(0).tolist() == [0, 1, 2]
+
+
+def test_sequences_of_one_block_take_the_lowest_that_is_free():
+    cache = KvCache(limits(max_batch_size=8, max_seq_len=32, block_size=32, num_blocks=8))
+    for sequence in range(5):
+        assert cache.grow(sequence, 3, 30)
+    assert [cache.table(sequence)[0] for sequence in range(5)] == [0, 1, 2, 3, 4]
+    cache.free(1)
+    cache.free(3)
+    assert cache.grow(5, 3, 30) and cache.grow(6, 3, 30) and cache.grow(7, 3, 30)
+    assert [cache.table(sequence)[0] for sequence in (5, 6, 7)] == [1, 3, 5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,10 +39,13 @@ def has_nonfinite(array: Array) -> bool:
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Within this, torch computes in the calling thread alone. Pieces that fit the cache are
-    converted faster than threads meet, above all when other threads keep the cores busy."""
-    import torch
-
+    """Within this, torch, where it is installed, computes in the calling thread alone. Pieces that
+    fit the cache are converted faster than threads meet, above all when other threads keep the
+    cores busy."""
+    torch = _torch()
+    if torch is None:
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -52,12 +56,24 @@ def one_torch_thread() -> Iterator[None]:
 
 def convert_into(values: Array, out: Array) -> None:
     """Copy floats into `out` of the same size and another dtype, rounded to nearest even. Both
-    are flat and contiguous."""
-    _as_torch(out).copy_(_as_torch(values))
+    are flat and contiguous. torch does it several times faster than numpy."""
+    torch = _torch()
+    if torch is None:
+        with np.errstate(over="ignore"):  # too large a number becomes infinite, as in torch
+            np.copyto(out, values, casting="unsafe")
+        return
+    as_torch = [
+        torch.from_numpy(array.view(np.uint8)).view(getattr(torch, array.dtype.name))
+        for array in (out, values)
+    ]
+    as_torch[0].copy_(as_torch[1])
 
 
-def _as_torch(values: Array) -> Any:
-    """The same memory as a torch tensor."""
-    import torch
-
-    return torch.from_numpy(values.view(np.uint8)).view(getattr(torch, values.dtype.name))
+@functools.cache
+def _torch() -> Any:
+    """The module, or None where it is not installed."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    return torch

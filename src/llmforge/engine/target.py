@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmforge.comm import Comm
 from llmforge.engine.memory import MemoryPlan
@@ -29,6 +29,19 @@ class Weights(Protocol):
     def read(self, parameter: Parameter) -> NDArray[np.generic]:
         """This rank's values of a graph parameter, contiguous, with the parameter's shape.
         bfloat16 is ml_dtypes.bfloat16. Each call reads from the checkpoint anew."""
+        ...
+
+    def map(self, parameter: Parameter) -> NDArray[np.generic]:
+        """As `read`, but read-only, and not copied where the checkpoint's file has the values in
+        one piece."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the memory of what is mapped: what is touched again is read again."""
+        ...
+
+    def report(self, fraction: float) -> None:
+        """How much of its work, from 0 to 1, a target has done where reading is not most of it."""
         ...
 
 
@@ -65,6 +78,16 @@ class Target(Protocol):
         values that it cannot use."""
         ...
 
+    @property
+    def compiles_apart(self) -> bool:
+        """Whether `compile` is for a process of its own: it takes long, and cannot be interrupted
+        otherwise."""
+        ...
+
+    def details(self) -> dict[str, Any]:
+        """What engine.yaml says of how the target built, as plain values."""
+        ...
+
     def available(self) -> str | None:
         """None where this machine can build for and run the target, else the reason in a line
         (what is missing, and the command that installs it)."""
@@ -76,6 +99,10 @@ class Target(Protocol):
 
     def memory(self, graph: Graph, limits: Limits) -> MemoryPlan:
         """The memory that a rank with this prepared graph will need."""
+        ...
+
+    def compile_peak(self, plan: MemoryPlan) -> int:
+        """The most memory in bytes that compiling a rank with this plan takes, about."""
         ...
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
@@ -92,6 +119,8 @@ class Target(Protocol):
 TARGETS = {
     "cpu": "llmforge.engine.cpu.target:CpuTarget",
     "cuda": "llmforge.engine.cuda.target:CudaTarget",
+    "tensorrt": "llmforge.engine.tensorrt.target:StandardTensorRTTarget",
+    "tensorrt-rtx": "llmforge.engine.tensorrt.target:TensorRTRTXTarget",
 }
 
 
@@ -101,7 +130,15 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise SettingsError(f"unknown target {name!r}; allowed: {', '.join(sorted(TARGETS))}")
     module, _, cls = TARGETS[name].partition(":")
-    found: Target = getattr(importlib.import_module(module), cls)()
+    try:
+        found: Target = getattr(importlib.import_module(module), cls)()
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise TargetError(
+            f"target {name} cannot be used here: torch is not installed; "
+            "run: pip install 'llmforge[torch]'"
+        ) from error
     if reason := found.available():
         raise TargetError(f"target {name} cannot be used here: {reason}")
     return found

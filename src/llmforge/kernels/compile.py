@@ -72,12 +72,10 @@ def unavailable() -> str | None:
     """Why kernels cannot be compiled here, in a line, or None."""
     if importlib.util.find_spec("cuda") is None or not _has("cuda.bindings"):
         return "package cuda-bindings is not installed; run: pip install 'llmforge[cuda]'"
-    if importlib.util.find_spec("nvidia") is None:
-        return "NVRTC is not installed; run: pip install 'llmforge[cuda]'"
     try:
         compiler_version()
     except (RuntimeError, ImportError) as error:
-        return f"NVRTC cannot be loaded ({_line(error)}); run: pip install 'llmforge[cuda]'"
+        return f"NVRTC cannot be loaded ({_line(error)}); run: pip install nvidia-cuda-nvrtc"
     if not _include_directories():
         return "the CUDA headers are not installed; run: pip install nvidia-cuda-runtime"
     return None

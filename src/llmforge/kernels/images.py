@@ -16,7 +16,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 PTX_ARCH = "compute_80"
 
 # For each architecture, the function of every kernel by the kernel's key.
-Index = dict[str, dict[str, str]]
+Index = Mapping[str, Mapping[str, str]]
 
 
 def write_images(
@@ -37,7 +37,7 @@ def write_images(
 
 
 def read_images(
-    index: Index, directory: Path, capability: tuple[int, int]
+    index: Mapping[str, Mapping[str, str]], directory: Path, capability: tuple[int, int]
 ) -> tuple[dict[str, tuple[bytes, str]], str]:
     """(image, function) of each kernel by key for a GPU of this capability, and the architecture
     that they are for."""

@@ -58,7 +58,11 @@ class BlockAllocator:
 
     def _place(self, expected: int) -> int:
         """Where a new run of blocks should start: in the longest free run. Its first half is left
-        to the sequence before it, as far as `expected` blocks still fit behind."""
+        to the sequence before it, as far as `expected` blocks still fit behind. A block that none
+        will follow fits anywhere; the lowest keeps the live ones together, as targets want them
+        whose sequences have a block each (a step of such a target computes a range of blocks)."""
+        if expected <= 1:
+            return min(self._stop_of)
         start, stop = max(self._stop_of.items(), key=lambda run: (run[1] - run[0], -run[0]))
         if start == 0:
             return start

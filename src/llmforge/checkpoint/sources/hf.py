@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from llmforge.artifact import Warn, listed, no_warning, stays_inside
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families import plan_for, read_config
+from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.hf_config import read_json
 from llmforge.checkpoint.mapping import SOURCE_DTYPES, Plan
 from llmforge.checkpoint.sources.base import common_dtype, same_values
@@ -57,11 +58,12 @@ class HfSource:
         directory: Path,
         warn: Warn = no_warning,
         description: Mapping[str, Any] | None = None,
+        own: OwnFamily | None = None,
     ) -> None:
         self.directory = directory
         self.tokenizer_directory: Path | None = directory
         _check_directory(directory)
-        family, config = read_config(directory / CONFIG)
+        family, config = read_config(directory / CONFIG, own)
         self.kind = f"Hugging Face model, family {family.name}"
         paths, index = _weight_files(directory)
         self._files = {str(path.relative_to(directory)): _open(path) for path in paths}

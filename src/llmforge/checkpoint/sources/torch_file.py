@@ -120,7 +120,10 @@ def load_torch(part: Slice, device: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise SourceError(f"reading {part.label} needs torch: pip install torch") from error
+        raise SourceError(
+            f"reading {part.label} needs torch, which is not installed; "
+            "run: pip install 'llmforge[torch]'"
+        ) from error
     try:
         # Files in memory are what Transformer Engine keeps the scales of FP8 in.
         with part.stream() as file, torch.serialization.safe_globals([io.BytesIO]):

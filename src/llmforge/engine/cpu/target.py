@@ -7,6 +7,7 @@ import os
 import platform
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -34,13 +35,17 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 class CpuTarget:
-    """Plain torch on the CPU; always available, since torch is a dependency of llmforge."""
+    """Plain torch on the CPU: available wherever torch is."""
 
     name = "cpu"
     linear_cache = False
+    compiles_apart = False
 
     def configured(self, settings: BuildSettings) -> CpuTarget:
         return self
+
+    def details(self) -> dict[str, Any]:
+        return {}
 
     def available(self) -> str | None:
         return None
@@ -63,6 +68,9 @@ class CpuTarget:
             kv_cache=plan.kv_cache // limits.num_blocks * (limits.num_blocks + 1),
             activations=plan.activations + work,
         )
+
+    def compile_peak(self, plan: MemoryPlan) -> int:
+        return plan.weights
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())

@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llmforge.comm import Comm
 from llmforge.engine.cuda.lowering import COLLECTIVES, lower
@@ -43,6 +44,7 @@ class CudaTarget:
 
     name = "cuda"
     linear_cache = False
+    compiles_apart = False
 
     def __init__(
         self, archs: Sequence[str] = (), cache: Path | None = compiler.DEFAULT_CACHE
@@ -55,6 +57,9 @@ class CudaTarget:
     def configured(self, settings: BuildSettings) -> CudaTarget:
         check_archs(settings.arch)
         return CudaTarget(settings.arch, self._cache)
+
+    def details(self) -> dict[str, Any]:
+        return {"archs": list(self._archs or _local_arch() or ARCHS)}
 
     def available(self) -> str | None:
         """Building needs the compiler only; `load` says what it lacks."""
@@ -83,6 +88,9 @@ class CudaTarget:
             kv_cache=sum(nbytes(s, sizes) for s in graph.states),
             activations=max(p.arena_bytes for p in lowered) + shared,
         )
+
+    def compile_peak(self, plan: MemoryPlan) -> int:
+        return plan.weights
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         (out / GRAPH_FILE).write_text(graph.to_json())

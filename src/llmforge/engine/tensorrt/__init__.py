@@ -1,0 +1,1 @@
+"""The tensorrt and tensorrt-rtx targets: TensorRT networks of the same graph, built and run."""

@@ -1,0 +1,25 @@
+"""Makes the helpers of tests/, of tests/parity and of this directory importable."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+for directory in (HERE, HERE.parent / "parity", HERE.parent):
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+
+pytest.importorskip("tensorrt_rtx", reason="needs pip install 'llmforge[tensorrt-rtx]'")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models here are too small to share among threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
