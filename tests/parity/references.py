@@ -1,5 +1,5 @@
-"""Families whose code is not in transformers, in plain torch: written from their public definitions,
-apart from llmforge's rules, and reading the weights as those models store them."""
+"""Families whose code is not in transformers, in plain torch: written from their public
+definitions, apart from llmforge's rules, and reading the weights as those models store them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from case import LAYERS, MAX_POSITION, VOCABULARY
@@ -31,7 +31,7 @@ class Reference:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     # What a family's class says: names of tensors, and eps.
-    names = {
+    names: ClassVar = {
         "embed": "model.embed_tokens.weight",
         "norm_1": "model.layers.{i}.input_layernorm.weight",
         "norm_2": "model.layers.{i}.post_attention_layernorm.weight",
@@ -141,7 +141,7 @@ def rotated(x: Tensor, theta: float = 10000.0) -> Tensor:
 
 
 class InternLM2(Reference):
-    names = {
+    names: ClassVar = {
         "embed": "model.tok_embeddings.weight",
         "norm_1": "model.layers.{i}.attention_norm.weight",
         "norm_2": "model.layers.{i}.ffn_norm.weight",
@@ -192,7 +192,7 @@ class Baichuan(Reference):
 
 
 class ChatGLM(Reference):
-    names = {
+    names: ClassVar = {
         "embed": "transformer.embedding.word_embeddings.weight",
         "norm_1": "transformer.encoder.layers.{i}.input_layernorm.weight",
         "norm_2": "transformer.encoder.layers.{i}.post_attention_layernorm.weight",
@@ -238,7 +238,7 @@ class ChatGLM(Reference):
 
 
 class Exaone(Reference):
-    names = {
+    names: ClassVar = {
         "embed": "transformer.wte.weight",
         "norm_1": "transformer.h.{i}.ln_1.weight",
         "norm_2": "transformer.h.{i}.ln_2.weight",

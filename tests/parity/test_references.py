@@ -1,4 +1,4 @@
-"""Families whose code is not in transformers, against plain torch: tokens and logits, and layouts."""
+"""Families whose code is not in transformers, against plain torch: tokens, logits, layouts."""
 
 from __future__ import annotations
 

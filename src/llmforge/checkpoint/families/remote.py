@@ -1,5 +1,5 @@
-"""Families whose code is not in transformers but beside their weights: InternLM2, Baichuan 1 and 2,
-ChatGLM 2 and 3, Exaone 3. That code is never executed; the rows are written from its definitions."""
+"""Families whose code is not in transformers but beside their weights: InternLM2, Baichuan 1 and
+2, ChatGLM 2 and 3, Exaone 3. That code is never executed: the rows say what it defines."""
 
 from __future__ import annotations
 
@@ -145,25 +145,18 @@ _CHATGLM_RULES: Rules = (
 # -- Exaone 3 --------------------------------------------------------------------------------------
 
 
-def _read_exaone(family: Family, fields: Fields) -> ModelConfig:
-    return read_common(family, fields)
-
-
-_EXAONE_LAYER = "transformer.h.{i}."
+_LAYER = "transformer.h.{i}."
 _EXAONE_RULES: Rules = (
     rename("transformer.wte.weight", "embed.weight"),
-    rename(f"{_EXAONE_LAYER}ln_1.weight", "layers.{i}.attention_norm.weight"),
-    *(
-        rename(
-            f"{_EXAONE_LAYER}attn.attention.{x}_proj.weight", f"layers.{{i}}.attention.{x}.weight"
-        )
-        for x in "qkv"
-    ),
-    rename(f"{_EXAONE_LAYER}attn.attention.out_proj.weight", "layers.{i}.attention.o.weight"),
-    rename(f"{_EXAONE_LAYER}ln_2.weight", "layers.{i}.mlp_norm.weight"),
-    rename(f"{_EXAONE_LAYER}mlp.c_fc_0.weight", "layers.{i}.mlp.gate.weight"),
-    rename(f"{_EXAONE_LAYER}mlp.c_fc_1.weight", "layers.{i}.mlp.up.weight"),
-    rename(f"{_EXAONE_LAYER}mlp.c_proj.weight", "layers.{i}.mlp.down.weight"),
+    rename(f"{_LAYER}ln_1.weight", "layers.{i}.attention_norm.weight"),
+    rename(f"{_LAYER}attn.attention.q_proj.weight", "layers.{i}.attention.q.weight"),
+    rename(f"{_LAYER}attn.attention.k_proj.weight", "layers.{i}.attention.k.weight"),
+    rename(f"{_LAYER}attn.attention.v_proj.weight", "layers.{i}.attention.v.weight"),
+    rename(f"{_LAYER}attn.attention.out_proj.weight", "layers.{i}.attention.o.weight"),
+    rename(f"{_LAYER}ln_2.weight", "layers.{i}.mlp_norm.weight"),
+    rename(f"{_LAYER}mlp.c_fc_0.weight", "layers.{i}.mlp.gate.weight"),
+    rename(f"{_LAYER}mlp.c_fc_1.weight", "layers.{i}.mlp.up.weight"),
+    rename(f"{_LAYER}mlp.c_proj.weight", "layers.{i}.mlp.down.weight"),
     rename("transformer.ln_f.weight", "final_norm.weight"),
     rename("lm_head.weight", "head.weight"),
 )
@@ -218,7 +211,7 @@ REMOTE_FAMILIES = (
         "exaone",
         ("ExaoneForCausalLM", "ExaoneModel"),
         ("exaone",),
-        _read_exaone,
+        read_common,
         _EXAONE_RULES,
         "transformer.",
         ROTARY_AND_MASKS,
