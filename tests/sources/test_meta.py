@@ -194,3 +194,27 @@ def test_tokenizer_of_sentencepiece_is_kept(hf: Hf, tmp_path: Path) -> None:
     (meta / "tokenizer.model").write_bytes(b"\n\x05\n\x03<s>")
     convert(meta, tmp_path / "out", ConvertSettings())
     assert (tmp_path / "out/tokenizer/tokenizer.model").read_bytes() == b"\n\x05\n\x03<s>"
+
+
+def test_a_model_in_two_layouts(hf: Hf, tmp_path: Path) -> None:
+    directory, config, state = hf("llama")
+    meta = write_meta(tmp_path / "meta", config, state)
+    for path in meta.iterdir():
+        path.rename(directory / path.name)
+    warnings: list[str] = []
+    notices: list[str] = []
+    convert(
+        directory,
+        tmp_path / "out",
+        ConvertSettings(),
+        warn=warnings.append,
+        notice=notices.append,
+    )
+    assert notices == ["source: Hugging Face model, family llama"]
+    assert any(
+        "holds the model in two layouts: that of Hugging Face is read" in w for w in warnings
+    )
+    (directory / "model.safetensors").unlink()
+    notices.clear()
+    convert(directory, tmp_path / "again", ConvertSettings(), notice=notices.append)
+    assert notices == ["source: Meta's Llama files, 1 shard"]

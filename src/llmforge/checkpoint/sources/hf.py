@@ -119,7 +119,8 @@ def _embedding_and_head(tensors: Mapping[str, TensorInfo]) -> tuple[str | None, 
 def _check_directory(directory: Path) -> None:
     if not directory.exists():
         raise SourceError(
-            f"{directory} does not exist; give a model's directory, or its id on the Hub (org/name)"
+            f"{directory} does not exist; give a model's directory or archive, or its id on the "
+            "Hub (org/name)"
         )
     if not directory.is_dir():
         raise SourceError(
@@ -142,7 +143,10 @@ def _supported(names: list[str]) -> str:
     found = sorted({label for name in names if (label := _FOREIGN.get(Path(name).suffix))})
     but = f"{' and '.join(found)} files are not supported: " if found else ""
     usual = ", ".join(WEIGHT_FILES)
-    return f"{but}a model directory holds config.json and one of {usual}, or one .pt or .pth file"
+    return (
+        f"{but}a model directory holds config.json and one of {usual}, or one .pt or .pth file; "
+        "also read are NeMo's, TensorRT-LLM's and Meta's files (see docs/sources.md)"
+    )
 
 
 def has_weights(directory: Path) -> bool:
