@@ -57,9 +57,9 @@ are converted for every family, MXFP4 where the table says so; other quantized w
 by name.
 
 The columns of targets say whether each lowers the cases' models on one rank, found by lowering them
-(cuda to kernels; tensorrt to networks of TensorRT-RTX, of native layers and of primitives). Cases in
-*italics* are of families whose code is not in transformers but beside their weights, where llmforge
-never executes it: they are compared with plain torch, written from the public definition
+(cuda to kernels; tensorrt to networks of TensorRT-RTX, of native layers and of primitives). Cases
+in *italics* are of families whose code is not in transformers but beside their weights, where it
+is never executed: they are compared with plain torch, written from the public definition
 (`tests/parity/references.py`), also on two tensor-parallel ranks and two pipeline stages.
 
 | family | architecture | what is particular | parity cases | cpu | cuda | tensorrt |
