@@ -193,6 +193,30 @@ def test_two_ropes_as_transformers_4_spells_them(tmp_path: Path) -> None:
     assert config.layer_rope(2) == config.rope
 
 
+def test_the_text_of_a_model_with_vision(tmp_path: Path) -> None:
+    """As the released files have it: what is Gemma's default is left out."""
+    values = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"hidden_size": 1152},
+    }
+    config = read(tmp_path, values)
+    assert (config.hidden_size, config.num_layers, config.vocab_size) == (2560, 34, 262208)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
+    assert config.eos_token_ids == (1, 106) and config.tied_embeddings
+    assert config.sliding_window[:7] == (1024,) * 5 + (None, 1024)
+    assert config.rope is not None and config.rope.factor == 8.0
+
+
 def test_layers_without_windows_have_no_positions_beside_those_with(tmp_path: Path) -> None:
     values = {
         **REQUIRED,
