@@ -101,8 +101,6 @@ REFUSED = [
     ("gpt2", {"add_cross_attention": True}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt_bigcode", {"add_cross_attention": True}),
-    ("opt", {"do_layer_norm_before": False}),
-    ("opt", {"word_embed_proj_dim": 512}),
     ("opt", {"layer_norm_elementwise_affine": False}),
     ("bloom", {"apply_residual_connection_post_layernorm": True}),
     ("mpt", {"attn_config": {"qk_ln": True}}),

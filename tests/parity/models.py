@@ -178,6 +178,17 @@ CASES = [
     Case("gpt-bigcode", "GPTBigCode", {"tie_word_embeddings": True}),
     Case("gpt-bigcode-mha", "GPTBigCode", {"multi_query": False}),
     Case("opt", "OPT", {"ffn_dim": 88, "tie_word_embeddings": True}),
+    Case(
+        "opt-350m",
+        "OPT",
+        {
+            "ffn_dim": 88,
+            "tie_word_embeddings": True,
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 20,
+        },
+    ),
+    Case("opt-no-final-norm", "OPT", {"ffn_dim": 88, "_remove_final_layer_norm": True}),
     Case("bloom", "Bloom", {"tie_word_embeddings": True}),
     Case("bloom-6-heads", "Bloom", {"num_attention_heads": 6}),
     Case("mpt", "Mpt", {"tie_word_embeddings": True, "max_seq_len": MAX_POSITION}),
