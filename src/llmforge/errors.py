@@ -4,6 +4,7 @@
      ├─ SettingsError      a command-line option, YAML key or value
      ├─ SourceError        what `convert` reads: files, config.json, weights
      │   └─ UnsupportedModelError   an architecture or feature that no family describes
+     ├─ DefinitionError    a model definition or pass of the user's own
      ├─ StoreError         a checkpoint or engine directory: missing, corrupt, of another version
      ├─ OutputError        where a result was to be written: exists, not writable, disk full
      ├─ BuildError         a model, layout and limits that cannot work together
@@ -36,6 +37,10 @@ class SourceError(LlmforgeError):
 
 class UnsupportedModelError(SourceError):
     """The model's architecture, or a feature its config asks for, is not supported."""
+
+
+class DefinitionError(LlmforgeError):
+    """A file of the user's own that defines a model or a pass cannot be used."""
 
 
 class StoreError(LlmforgeError):

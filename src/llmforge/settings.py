@@ -8,6 +8,7 @@ A settings file in full:
 
     model: meta-llama/Llama-3.1-8B      # a directory or a Hub id; or a mapping:
     # model: {from_config: config.json, random_weights: true, seed: 0}
+    # model: {source: path/to/weights, definition: my_model.py}
     workdir: work/llama                 # the stages' outputs: workdir/checkpoint, workdir/engine
     convert: {dtype: bfloat16}
     build: {tensor_parallel: 2}
@@ -43,10 +44,11 @@ def _option(
     metavar: str | None = None,
     targets: tuple[str, ...] = (),
     comma_list: bool = False,
+    flag: str | None = None,
 ) -> Any:
     """A dataclass field with what the command line and the YAML check need to know of it.
     targets: the only ones that read it; none: it is for all. comma_list: of a repeated field, one
-    text may hold several values."""
+    text may hold several values. flag: the command line's option, where it is not the name."""
     metadata = {
         "help": help,
         "choices": choices,
@@ -55,6 +57,7 @@ def _option(
         "metavar": metavar,
         "targets": targets,
         "comma_list": comma_list,
+        "flag": flag,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
@@ -122,6 +125,13 @@ class BuildSettings:
         "Refuse to build where a rank would need more memory than this, in GB (10^9 bytes). "
         "Default: no limit.",
         minimum=0,
+    )
+    passes: tuple[str, ...] = _option(
+        [],
+        "A function Graph → Graph of your own that rewrites every rank's graph before the target "
+        "does; may be given several times. The file is executed.",
+        metavar="FILE.py:FUNCTION",
+        flag="--pass",
     )
     overwrite: bool = _option(False, "Replace an existing engine at the output path.")
     arch: tuple[str, ...] = _option(
@@ -244,12 +254,14 @@ class ProjectSettings:
     """A settings file: checked, but not yet merged with the command line's options.
 
     `model` is a directory or a Hub id; with `from_config`, there is none and the weights are
-    random, drawn from `seed`. `sections` holds what the file gives of each stage's settings.
+    random, drawn from `seed`. `definition` is a file of the user's own that defines the model.
+    `sections` holds what the file gives of each stage's settings.
     """
 
     model: str | None = None
     from_config: str | None = None
     seed: int | None = None
+    definition: str | None = None
     workdir: str | None = None
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -269,7 +281,7 @@ SECTIONS: dict[str, type[Any]] = {
     "bench": BenchSettings,
 }
 _KINDS: dict[type[Any], dict[str, Kind]] = {}  # made as they are asked for
-_MODEL_KEYS = ("from_config", "random_weights", "seed")
+_MODEL_KEYS = ("source", "from_config", "random_weights", "seed", "definition")
 
 
 class Kind(NamedTuple):
@@ -297,6 +309,11 @@ def _kind(hint: Any) -> Kind:
     return Kind(typing.get_args(hint)[0] if repeated else hint, repeated, optional)
 
 
+def option_name(known: Field[Any]) -> str:
+    """The command line's option of a field."""
+    return known.metadata["flag"] or f"--{known.name.replace('_', '-')}"
+
+
 def merge(section: type[T], *layers: Mapping[str, Any]) -> T:
     """The settings of a stage: each field from the last layer that gives it, else its default.
 
@@ -307,7 +324,7 @@ def merge(section: type[T], *layers: Mapping[str, Any]) -> T:
     checked = {}
     for known in fields(section):  # type: ignore[arg-type]
         if known.name in given:
-            where = f"--{known.name.replace('_', '-')}"
+            where = option_name(known)
             checked[known.name] = _check(section, known, given[known.name], where)
     return section(**checked)
 
@@ -318,7 +335,7 @@ def check_target_options(settings: BuildSettings, target: str) -> None:
         readers = known.metadata["targets"]
         if readers and target not in readers and getattr(settings, known.name) != _default(known):
             raise SettingsError(
-                f"the target {target} has no option --{known.name.replace('_', '-')}; it is for "
+                f"the target {target} has no option {option_name(known)}; it is for "
                 f"{', '.join(readers)}"
             )
 
@@ -397,13 +414,19 @@ def _model(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {"model": _text(value, "model")}
     _check_keys(value, _MODEL_KEYS, "model.")
+    source = _text(value.get("source"), "model.source")
     config = _text(value.get("from_config"), "model.from_config")
-    if config is None or value.get("random_weights") is not True:
-        raise SettingsError("model must give from_config with random_weights: true, or be a path")
+    definition = _text(value.get("definition"), "model.definition")
+    if (source is None) == (config is None) or (config and value.get("random_weights") is not True):
+        raise SettingsError(
+            "model must be a path, or give source, or from_config with random_weights: true"
+        )
     seed = value.get("seed")
     if seed is not None and (type(seed) is not int or seed < 0):
         raise SettingsError(f"model.seed must be a whole number of at least 0, not {_shown(seed)}")
-    return {"from_config": config, "seed": seed}
+    if seed is not None and source is not None:
+        raise SettingsError("model.seed is for random weights: give from_config with it")
+    return {"model": source, "from_config": config, "seed": seed, "definition": definition}
 
 
 def _text(value: Any, where: str) -> str | None:

@@ -103,7 +103,6 @@ REFUSED = [
     ("opt", {"word_embed_proj_dim": 512}),
     ("opt", {"layer_norm_elementwise_affine": False}),
     ("bloom", {"apply_residual_connection_post_layernorm": True}),
-    ("mpt", {"attn_config": {"clip_qkv": 6.0}}),
     ("mpt", {"attn_config": {"qk_ln": True}}),
     ("mpt", {"attn_config": {"alibi": False}}),
     ("mpt", {"no_bias": False}),

@@ -74,7 +74,8 @@ def test_every_setting_is_an_option(name: str) -> None:
     assert "-c" in options["config_file"].opts
     for known in dataclasses.fields(section):
         option, kind = options[known.name], kinds(section)[known.name]
-        assert f"--{known.name.replace('_', '-')}" in option.opts
+        flag = {"passes": "--pass"}.get(known.name, f"--{known.name.replace('_', '-')}")
+        assert flag in option.opts
         assert known.metadata["help"] in (option.help or "")
         assert option.multiple == kind.repeated
         assert option.is_flag == (kind.base is bool)

@@ -159,6 +159,7 @@ CASES = [
     Case("bloom", "Bloom", {"tie_word_embeddings": True}),
     Case("bloom-6-heads", "Bloom", {"num_attention_heads": 6}),
     Case("mpt", "Mpt", {"tie_word_embeddings": True, "max_seq_len": MAX_POSITION}),
+    Case("mpt-clipped", "Mpt", {"max_seq_len": MAX_POSITION, "attn_config": {"clip_qkv": 0.8}}),
     Case("mpt-6-heads", "Mpt", {"num_attention_heads": 6, "max_seq_len": MAX_POSITION}),
     *MIXTURES,
 ]

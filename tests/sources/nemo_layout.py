@@ -218,7 +218,9 @@ class NemoWriter:
         stored[MetadataIndex(key)] = _StorageInfo("__0_0.distcp", len(files["__0_0.distcp"]), 1)
         files["__0_0.distcp"] += blob
         described["optimizer.state.exp_avg.module.x"] = TensorStorageMetadata(
-            TensorProperties(torch.float32), torch.Size([0]), []
+            TensorProperties(torch.float32),
+            torch.Size([4]),
+            [ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))],
         )
         metadata = Metadata(described, {"planner": "data"}, stored)
         metadata.mcore_data = {"module.x": {"nd_reformulated_orig_global_shape": (3, 4)}}

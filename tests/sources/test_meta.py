@@ -173,9 +173,48 @@ def test_tokenizer_in_tiktokens_form(hf: Hf, tmp_path: Path, newer: bool) -> Non
     assert found.get_vocab_size() == config["vocab_size"]
 
 
+def test_a_token_that_no_merges_lead_to(hf: Hf, tmp_path: Path) -> None:
+    """It stands for a whole word, as in tiktoken, and for no part of one."""
+    from tokenizers import Tokenizer
+
+    listed = [bytes([byte]) for byte in range(256)] + [b"xyz"]
+    lines = [base64.b64encode(token) + f" {rank}".encode() for rank, token in enumerate(listed)]
+    _, config, state = hf(Case("llama", "Llama", {"vocab_size": len(listed) + 256}))
+    meta = write_meta(tmp_path / "meta", config, state)
+    (meta / "tokenizer.model").write_bytes(b"\n".join(lines))
+    convert(meta, tmp_path / "out", ConvertSettings())
+    found = Tokenizer.from_file(str(tmp_path / "out/tokenizer/tokenizer.json"))
+    assert found.encode("xyz", add_special_tokens=False).ids == [256]
+    assert found.encode("axyz", add_special_tokens=False).ids == list(b"axyz")
+
+
 def test_tokenizer_of_sentencepiece_is_kept(hf: Hf, tmp_path: Path) -> None:
     _, config, state = hf("llama")
     meta = write_meta(tmp_path / "meta", config, state)
     (meta / "tokenizer.model").write_bytes(b"\n\x05\n\x03<s>")
     convert(meta, tmp_path / "out", ConvertSettings())
     assert (tmp_path / "out/tokenizer/tokenizer.model").read_bytes() == b"\n\x05\n\x03<s>"
+
+
+def test_a_model_in_two_layouts(hf: Hf, tmp_path: Path) -> None:
+    directory, config, state = hf("llama")
+    meta = write_meta(tmp_path / "meta", config, state)
+    for path in meta.iterdir():
+        path.rename(directory / path.name)
+    warnings: list[str] = []
+    notices: list[str] = []
+    convert(
+        directory,
+        tmp_path / "out",
+        ConvertSettings(),
+        warn=warnings.append,
+        notice=notices.append,
+    )
+    assert notices == ["source: Hugging Face model, family llama"]
+    assert any(
+        "holds the model in two layouts: that of Hugging Face is read" in w for w in warnings
+    )
+    (directory / "model.safetensors").unlink()
+    notices.clear()
+    convert(directory, tmp_path / "again", ConvertSettings(), notice=notices.append)
+    assert notices == ["source: Meta's Llama files, 1 shard"]

@@ -351,3 +351,28 @@ def test_refused_weights(hf: Hf, tmp_path: Path, what: str, message: str) -> Non
         convert(tmp_path / "trt", tmp_path / "out", ConvertSettings())
     assert json.loads((tmp_path / "trt/config.json").read_bytes())
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "trt"}
+
+
+def test_the_command_line_says_what_it_found(
+    hf: Hf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llmforge.cli.errors import guard
+    from llmforge.cli.main import cli
+
+    _, config, state = hf("llama")
+    trt = write_trtllm(tmp_path / "trt", config, state, 2, fields=llama_fields(config))
+
+    def run(output: str) -> tuple[int, str]:
+        capsys.readouterr()
+        arguments = ["convert", str(trt), "-o", str(tmp_path / output)]
+        status = guard(lambda: cli.main(arguments, "llmforge", standalone_mode=False))
+        return status, capsys.readouterr().err
+
+    status, said = run("out")
+    assert status == 0
+    assert "source: TensorRT-LLM checkpoint, LlamaForCausalLM, tp_size 2, pp_size 1" in said
+    (trt / "rank1.safetensors").unlink()
+    status, said = run("again")
+    assert status == 1
+    assert said.splitlines()[0].endswith("these are missing (1): rank1.safetensors")
+    assert len(said.splitlines()) == 1

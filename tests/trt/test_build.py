@@ -218,7 +218,10 @@ def test_options_reach_the_builder() -> None:
 
 def job(checkpoint: Path, out: Path, **changes: Any) -> RankJob:
     settings = BuildSettings(target="tensorrt-rtx", arch=("sm_89",))
-    values = RankJob(checkpoint, Topology(), 0, settings, LIMITS, out, 1000, 10**9)
+    there = (checkpoint / "manifest.yaml").is_file()
+    config = Checkpoint.open(checkpoint).config if there else tiny()
+    graph = TensorRTTarget("tensorrt-rtx").prepare(trace(config, Topology(), 0))
+    values = RankJob(checkpoint, Topology(), 0, graph, settings, LIMITS, out, 1000, 10**9)
     return dataclasses.replace(values, **changes)
 
 

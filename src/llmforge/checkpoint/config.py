@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmforge.errors import StoreError
@@ -161,6 +161,17 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class OwnModel:
+    """What a checkpoint keeps of a definition that is not built in (model/definition.py): the file
+    that it was read from, that file's digest, and the parameters that it lists, as plain values
+    (params.py: ParamSpec.to_dict)."""
+
+    file: str
+    digest: str
+    parameters: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. Lengths in elements or tokens.
 
@@ -229,6 +240,10 @@ class ModelConfig:
     latent: LatentConfig | None = None
 
     moe: MoeConfig | None = None
+
+    # A definition of the user's own, and what it alone reads: names to plain values.
+    own: OwnModel | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
@@ -299,6 +314,7 @@ _NESTED: dict[str, Any] = {
     "window_rope": RopeConfig,
     "latent": LatentConfig,
     "moe": MoeConfig,
+    "own": OwnModel,
 }
 
 

@@ -26,11 +26,13 @@ from llmforge.artifact import (
 )
 from llmforge.checkpoint import store
 from llmforge.checkpoint.dtypes import convert_into, has_nonfinite, one_torch_thread
+from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.mapping import Plan
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.pipeline import BUFFERS, PIECE, BufferPool, Piece, Whole, read_ahead
 from llmforge.checkpoint.sources.base import Source
 from llmforge.checkpoint.sources.detect import open_path
+from llmforge.checkpoint.sources.hf import HfSource
 from llmforge.checkpoint.sources.hub import hub_source, is_hub_id
 from llmforge.checkpoint.sources.random import RandomSource
 from llmforge.checkpoint.tokenizer_files import copy_tokenizer
@@ -49,16 +51,20 @@ def convert(
     notice: Warn = no_warning,
     from_config: Path | None = None,
     seed: int | None = None,
+    own: OwnFamily | None = None,
 ) -> Manifest:
     """Convert a model into a checkpoint at `output` and return its manifest.
 
     `source` is a directory or archive, or the id of a model on the Hub; what it holds is found
     out, and told to `notice` before the work begins. With `from_config` there is no source:
-    the weights are random, drawn from `seed` (default 0). Raises SourceError, OutputError and
-    SettingsError; nothing is left at `output` then.
+    the weights are random, drawn from `seed` (default 0). With `own`, the model is of that family,
+    which is not built in. Raises SourceError, OutputError, DefinitionError and SettingsError;
+    nothing is left at `output` then.
     """
     with ArtifactWriter(output, store.MANIFEST, overwrite=settings.overwrite) as writer:
-        opened = open_source(source, settings, writer.scratch, progress, warn, from_config, seed)
+        opened = open_source(
+            source, settings, writer.scratch, progress, warn, from_config, seed, own
+        )
         with contextlib.closing(opened):
             notice(f"source: {opened.kind}")
             config = dataclasses.replace(opened.config, dtype=settings.dtype or opened.config.dtype)
@@ -73,9 +79,12 @@ def convert(
                 unpacked = tokenizer.is_relative_to(writer.scratch)
                 where = str(source) if unpacked else str(tokenizer)
                 copy_tokenizer(tokenizer, writer.directory / store.TOKENIZER, warn, where)
+            origin = dict(opened.description)
+            if own is not None:
+                origin["definition"] = own.origin
             return writer.commit(
                 store.manifest_data(
-                    config, weights.names, opened.description, _ignored(opened.plan), __version__
+                    config, weights.names, origin, _ignored(opened.plan), __version__
                 )
             )
 
@@ -88,21 +97,24 @@ def open_source(
     warn: Warn = no_warning,
     from_config: Path | None = None,
     seed: int | None = None,
+    own: OwnFamily | None = None,
 ) -> Source:
     """The source that the arguments of `convert` name. `scratch` is a directory that it may make
     for what has to be unpacked, and that the caller removes."""
     if from_config is not None:
         if source is not None:
             raise SettingsError("give a source or --from-config, not both")
-        return RandomSource(from_config, seed or 0, settings.dtype)
+        return RandomSource(from_config, seed or 0, settings.dtype, own)
     if source is None:
         raise SettingsError("give a source: a model directory, a Hub id, or --from-config FILE")
     if seed is not None:
         raise SettingsError("--seed is for random weights: give --from-config FILE with it")
     if is_hub_id(source):
-        return hub_source(str(source), settings.revision, progress, warn)
+        return hub_source(str(source), settings.revision, progress, warn, own)
     if settings.revision is not None:
         raise SettingsError(f"--revision is for models on the Hub, and {source} is not one")
+    if own is not None:
+        return HfSource(Path(source), warn, own=own)
     return open_path(Path(source), scratch, warn)
 
 

@@ -8,8 +8,10 @@ vocabulary, padded where it does not divide. What a config does not have is not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig
 from llmforge.parallel import REPLICATED, Segment, Shard, cut
@@ -34,6 +36,29 @@ class ParamSpec:
         """The dtype in the checkpoint and in a rank's weights."""
         return self.dtype or config.dtype
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a manifest, defaults left out."""
+        values: dict[str, Any] = {"name": self.name, "shape": list(self.shape)}
+        if self.shard != REPLICATED:
+            segments = [dataclasses.asdict(segment) for segment in self.shard.segments]
+            values["shard"] = {**dataclasses.asdict(self.shard), "segments": segments}
+        values |= {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if field.name not in ("name", "shape", "shard")
+            and (value := getattr(self, field.name)) != field.default
+        }
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ParamSpec:
+        """The inverse of `to_dict`. Raises TypeError, ValueError or KeyError on anything else."""
+        fields = {**values, "shape": tuple(values["shape"])}
+        if shard := fields.get("shard"):
+            segments = tuple(Segment(**segment) for segment in shard["segments"])
+            fields["shard"] = Shard(**{**shard, "segments": segments})
+        return cls(**fields)
+
 
 EMBEDDING = "embed.weight"
 EMBEDDING_NORM = "embed_norm"
@@ -47,7 +72,10 @@ def layer_prefix(layer: int) -> str:
 
 
 def parameters(config: ModelConfig) -> dict[str, ParamSpec]:
-    """Every parameter of the model by name, in the order of the forward pass."""
+    """Every parameter of the model by name, in the order of the forward pass; of a definition of
+    the user's own, in the order in which that lists them."""
+    if config.own is not None:
+        return {spec.name: spec for spec in map(ParamSpec.from_dict, config.own.parameters)}
     return {spec.name: spec for spec in _parameters(config)}
 
 

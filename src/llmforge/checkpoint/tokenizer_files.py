@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmforge.artifact import Warn
+from llmforge.checkpoint import sentencepiece
 
 TOKENIZER_JSON = "tokenizer.json"
 FILES = (
@@ -63,13 +64,15 @@ def _make_tokenizer_json(directory: Path, names: list[str], warn: Warn) -> bool:
         warn(f"there is no tokenizer.json, tokenizer.model or vocab.json + merges.txt: {_IDS_ONLY}")
         return False
     try:
-        if importlib.util.find_spec("transformers"):
+        if "tokenizer.model" in names and not _names_class(directory):
+            _from_sentencepiece(directory)
+        elif importlib.util.find_spec("transformers"):
             _from_transformers(directory)
         elif byte_level:
             _from_vocab_and_merges(directory)
         else:
             warn(
-                "converting tokenizer.model needs transformers and sentencepiece (pip install "
+                "converting this tokenizer.model needs transformers and sentencepiece (pip install "
                 f"transformers sentencepiece); without them {_IDS_ONLY}"
             )
             return False
@@ -78,6 +81,20 @@ def _make_tokenizer_json(directory: Path, names: list[str], warn: Warn) -> bool:
         warn(f"the tokenizer could not be converted ({_first_line(error)}): {_IDS_ONLY}")
         return False
     return True
+
+
+def _names_class(directory: Path) -> bool:
+    """Whether a file of transformers' says which class reads the tokenizer, and how."""
+    path = directory / "tokenizer_config.json"
+    return path.is_file() and "tokenizer_class" in json.loads(path.read_bytes())
+
+
+def _from_sentencepiece(directory: Path) -> None:
+    model = sentencepiece.parse((directory / "tokenizer.model").read_bytes())
+    sentencepiece.tokenizer(model).save(str(directory / TOKENIZER_JSON))
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        path.write_text(json.dumps(sentencepiece.config(model)))
 
 
 def _from_transformers(directory: Path) -> None:

@@ -12,7 +12,9 @@ import click
 from llmforge.cli.options import (
     PATH,
     config_option,
+    definition_option,
     given,
+    own_definition,
     pick,
     project_settings,
     settings_options,
@@ -33,9 +35,14 @@ if TYPE_CHECKING:
     help="Directory to write. Default: WORKDIR/engine.",
 )
 @config_option
+@definition_option
 @settings_options(BuildSettings)
 def command(
-    checkpoint: Path | None, output: Path | None, config_file: Path | None, **options: Any
+    checkpoint: Path | None,
+    output: Path | None,
+    config_file: Path | None,
+    definition_file: Path | None,
+    **options: Any,
 ) -> None:
     """Compile a checkpoint into an engine, one part for each rank.
 
@@ -55,9 +62,16 @@ def command(
 
     if not checkpoint_given:
         previous_stage(checkpoint, "checkpoint", config_file)
+    definition = own_definition(definition_file, project)
     with progress() as report:
         manifest = build(
-            checkpoint, output, settings, progress=report, warn=warn, on_plan=_print_plan
+            checkpoint,
+            output,
+            settings,
+            definition=definition,
+            progress=report,
+            warn=warn,
+            on_plan=_print_plan,
         )
     nbytes = sum(size for size, _ in manifest.files.values())
     ranks = len(manifest.data["memory"])

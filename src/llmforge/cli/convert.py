@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmforge.cli.options import (
     PATH,
     config_option,
+    definition_option,
     given,
+    own_definition,
     pick,
     project_settings,
     settings_options,
 )
 from llmforge.errors import SettingsError
 from llmforge.settings import ConvertSettings, ProjectSettings, merge
+
+if TYPE_CHECKING:
+    from llmforge.checkpoint.families.own import OwnFamily
 
 
 @click.command("convert")
@@ -37,6 +42,7 @@ from llmforge.settings import ConvertSettings, ProjectSettings, merge
 )
 @click.option("--random-weights", is_flag=True, help="Draw the weights of --from-config.")
 @click.option("--seed", type=int, metavar="N", help="Seed of the random weights. Default: 0.")
+@definition_option
 @settings_options(ConvertSettings)
 def command(
     source: str | None,
@@ -45,6 +51,7 @@ def command(
     from_config: Path | None,
     random_weights: bool,
     seed: int | None,
+    definition_file: Path | None,
     **options: Any,
 ) -> None:
     """Convert a model's weights into a checkpoint.
@@ -59,7 +66,8 @@ def command(
         raise SettingsError("--from-config and --random-weights go together: give both or neither")
     if source is None and from_config is None:
         source, from_config, seed = _model(project, seed)
-    _convert(source, output, settings, from_config, seed)
+    own = own_definition(definition_file, project)
+    _convert(source, output, settings, from_config, seed, own)
 
 
 def _model(
@@ -82,6 +90,7 @@ def _convert(
     settings: ConvertSettings,
     from_config: Path | None,
     seed: int | None,
+    own: OwnFamily | None,
 ) -> None:
     from llmforge.artifact import size_text
     from llmforge.checkpoint.convert import convert
@@ -98,6 +107,7 @@ def _convert(
             notice=status,
             from_config=from_config,
             seed=seed,
+            own=own,
         )
     nbytes = sum(size for size, _ in manifest.files.values())
     status(

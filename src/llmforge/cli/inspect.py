@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmforge import checksum
-from llmforge.cli.options import PATH, json_option
-from llmforge.errors import SettingsError
+from llmforge.cli.options import PATH, definition_option, json_option, own_definition
+from llmforge.errors import SettingsError, StoreError
+from llmforge.settings import ProjectSettings
 
 if TYPE_CHECKING:
     from llmforge.checkpoint.store import Checkpoint
@@ -29,8 +30,23 @@ _GRAPH_FILE = "graph.json"
 @click.option(
     "--rank", type=click.IntRange(min=0), metavar="N", help="The graph's rank. Default: 0."
 )
+@definition_option
+@click.option(
+    "--pass",
+    "passes",
+    multiple=True,
+    metavar="FILE.py:FUNCTION",
+    help="Rewrite a checkpoint's graph by a function of your own first. The file is executed.",
+)
 @json_option
-def command(path: Path, show_graph: bool, rank: int | None, as_json: bool) -> None:
+def command(
+    path: Path,
+    show_graph: bool,
+    rank: int | None,
+    definition_file: Path | None,
+    passes: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Show what a checkpoint or an engine holds.
 
     With --graph: what a rank computes, node by node, and where it communicates; for a checkpoint,
@@ -43,10 +59,15 @@ def command(path: Path, show_graph: bool, rank: int | None, as_json: bool) -> No
 
     if rank is not None and not show_graph:
         raise SettingsError("--rank says whose graph to show: give --graph with it")
+    if (definition_file or passes) and (not show_graph or kind_of(path) != "checkpoint"):
+        raise SettingsError(
+            "--definition and --pass are for the graph of a checkpoint: give --graph with them (an "
+            "engine holds its graphs)"
+        )
     opened: Checkpoint | Engine
     opened = Checkpoint.open(path) if kind_of(path) == "checkpoint" else Engine.open(path)
     if show_graph:
-        graph = _graph(opened, rank or 0)
+        graph = _graph(opened, rank or 0, definition_file, passes)
         if as_json:
             print(graph.to_json(), end="", flush=True)
         else:
@@ -100,7 +121,9 @@ def _print_summary(opened: Checkpoint | Engine) -> None:
 
 
 def _config_rows(config: dict[str, Any]) -> dict[str, Any]:
-    """The config, with layers of the same window told in one word."""
+    """The config, with layers of the same window told in one word, and parameters counted."""
+    if config["own"]:
+        config["own"]["parameters"] = f"{len(config['own']['parameters'])} parameters"
     windows = config["sliding_window"]
     if len(set(windows)) == 1:
         config["sliding_window"] = "none" if windows[0] is None else f"{windows[0]} in all layers"
@@ -119,11 +142,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def _graph(opened: Checkpoint | Engine, rank: int) -> Graph:
-    from llmforge.engine.build import trace_for_target
+def _graph(
+    opened: Checkpoint | Engine, rank: int, definition_file: Path | None, passes: Sequence[str]
+) -> Graph:
+    from llmforge.cli.errors import warn
+    from llmforge.engine.graphs import rank_graphs
     from llmforge.engine.store import Engine
-    from llmforge.model.decoder import trace
-    from llmforge.model.graph import Graph
+    from llmforge.model.definition import load_pass
     from llmforge.parallel import Topology
 
     topology = opened.topology if isinstance(opened, Engine) else Topology()
@@ -131,12 +156,22 @@ def _graph(opened: Checkpoint | Engine, rank: int) -> Graph:
         raise SettingsError(
             f"--rank must be from 0 to {topology.world_size - 1} for {opened.directory}, not {rank}"
         )
-    if not isinstance(opened, Engine):
-        return trace(opened.config, topology, rank)
-    stored = opened.rank_directory(rank) / _GRAPH_FILE
-    if stored.is_file():
-        return Graph.from_json(stored.read_text())
-    return trace_for_target(opened.config, topology, rank, opened.target)
+    if isinstance(opened, Engine):
+        return _stored_graph(opened.rank_directory(rank) / _GRAPH_FILE)
+    definition = own_definition(definition_file, ProjectSettings())
+    own = [load_pass(named) for named in passes]
+    return rank_graphs(opened.config, topology, definition, own, warn)[rank]
+
+
+def _stored_graph(path: Path) -> Graph:
+    from llmforge.model.graph import Graph
+
+    try:
+        return Graph.from_json(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} is corrupt ({error}); build the engine again with: llmforge build"
+        ) from error
 
 
 def _print_graph(graph: Graph, title: str) -> None:

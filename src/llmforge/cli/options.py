@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from llmforge.errors import SettingsError
-from llmforge.settings import ProjectSettings, kinds, load_yaml
+from llmforge.settings import ProjectSettings, kinds, load_yaml, option_name
+
+if TYPE_CHECKING:
+    from llmforge.model.definition import Definition
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -24,6 +27,13 @@ config_option = click.option(
     type=PATH,
     help="YAML file with settings of all stages; options on the command line override it.",
     metavar="FILE.yaml",
+)
+definition_option = click.option(
+    "--definition",
+    "definition_file",
+    type=PATH,
+    metavar="FILE.py",
+    help="Python file that defines the model, where it is one of your own. It is executed.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
@@ -43,7 +53,7 @@ def settings_options(section: type[Any]) -> Callable[[F], F]:
 
 
 def _names(section: type[Any], known: dataclasses.Field[Any]) -> tuple[str, ...]:
-    option = f"--{known.name.replace('_', '-')}"
+    option = option_name(known)
     if kinds(section)[known.name].base is bool:
         return (f"{option}/--no-{option[2:]}", known.name)
     return (option, known.name)
@@ -86,6 +96,16 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 def project_settings(config_file: Path | None) -> ProjectSettings:
     """The settings file's content; all left open where there is none."""
     return ProjectSettings() if config_file is None else load_yaml(config_file)
+
+
+def own_definition(file: Path | None, project: ProjectSettings) -> Definition | None:
+    """The model definition that the command line or the settings file names."""
+    named = file or (Path(project.definition) if project.definition else None)
+    if named is None:
+        return None
+    from llmforge.model.definition import load_definition
+
+    return load_definition(named)
 
 
 def pick(path: Path | None, default: Path | None, name: str, command: str) -> Path:

@@ -164,6 +164,12 @@ def _report(manifest: Manifest, kind: str, comparison: Comparison | None, as_jso
         f"{comparison.greedy_rows}, a near tie at {comparison.near_ties}"
     )
     if not comparison.passed:
+        config = manifest.data["config"]
+        if config.get("moe") and config["dtype"] != "float32":
+            text += (
+                "; in 16 bits rounding may choose another expert that is nearly as good, and "
+                "then logits differ: to be sure, compare a conversion with --dtype float32"
+            )
         raise VerificationError(f"the logits are not those of transformers: {text}")
     if not as_json:
         print(f"logits agree with transformers: {text}", flush=True)

@@ -27,17 +27,20 @@ from llmforge.artifact import Progress
 from llmforge.engine.step import Limits
 from llmforge.engine.target import Checksums
 from llmforge.errors import BuildError, LlmforgeError
+from llmforge.model.graph import Graph
 from llmforge.parallel import Topology
 from llmforge.settings import BuildSettings
 
 
 @dataclass(frozen=True)
 class RankJob:
-    """One rank to compile. nbytes: of its weights; peak_bytes: the memory that compiling takes."""
+    """One rank to compile. graph: prepared. nbytes: of its weights; peak_bytes: the memory that
+    compiling takes."""
 
     checkpoint: Path
     topology: Topology
     rank: int
+    graph: Graph
     settings: BuildSettings
     limits: Limits
     out: Path
@@ -45,8 +48,17 @@ class RankJob:
     peak_bytes: int
 
     def to_json(self) -> str:
-        values = dataclasses.asdict(self)
-        return json.dumps({**values, "checkpoint": str(self.checkpoint), "out": str(self.out)})
+        return json.dumps(
+            {
+                **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+                "checkpoint": str(self.checkpoint),
+                "topology": dataclasses.asdict(self.topology),
+                "graph": self.graph.to_json(),
+                "settings": dataclasses.asdict(self.settings),
+                "limits": dataclasses.asdict(self.limits),
+                "out": str(self.out),
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> RankJob:
@@ -58,6 +70,7 @@ class RankJob:
                 **values,
                 "checkpoint": Path(values["checkpoint"]),
                 "topology": Topology(**values["topology"]),
+                "graph": Graph.from_json(values["graph"]),
                 "settings": BuildSettings(**{**settings, **lists}),
                 "limits": Limits(**values["limits"]),
                 "out": Path(values["out"]),

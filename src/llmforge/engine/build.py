@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmforge import __version__
 from llmforge.artifact import GB, ArtifactWriter, Manifest, Progress, Warn, no_progress, no_warning
@@ -13,14 +14,15 @@ from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.store import Checkpoint
 from llmforge.engine.apart import RankJob, compile_apart
+from llmforge.engine.graphs import rank_graphs
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
 from llmforge.engine.store import FORMAT_VERSION, KIND, MANIFEST, rank_directory
 from llmforge.engine.target import target as find_target
 from llmforge.engine.weights import Array, RankWeights
 from llmforge.errors import BuildError, MemoryLimitError, SettingsError
-from llmforge.model.decoder import trace
-from llmforge.model.graph import Graph, Parameter
+from llmforge.model.definition import Definition, load_pass
+from llmforge.model.graph import Parameter
 from llmforge.parallel import Topology
 from llmforge.settings import BuildSettings, check_target_options
 
@@ -37,14 +39,17 @@ def build(
     output: Path,
     settings: BuildSettings,
     *,
+    definition: Definition | None = None,
     progress: Progress = no_progress,
     warn: Warn = no_warning,
     on_plan: Callable[[Sequence[MemoryPlan]], None] = lambda plans: None,
 ) -> Manifest:
-    """Compile the checkpoint into `output` and return the engine's manifest.
+    """Compile the checkpoint into `output` and return the engine's manifest. `definition`: the
+    model's, where it is not built in.
 
     Everything that cannot work is refused before the first byte is written: BuildError (layout
-    or limits), MemoryLimitError, TargetError, StoreError (checkpoint), OutputError.
+    or limits), MemoryLimitError, TargetError, StoreError (checkpoint), OutputError,
+    DefinitionError.
     """
     name = settings.target or DEFAULT_TARGET
     found = find_target(name)
@@ -58,10 +63,17 @@ def build(
     check_topology(config, topology)
     limits = resolve_limits(config, settings, warn, linear_cache=target.linear_cache)
     ranks = range(topology.world_size)
-    graphs = [target.prepare(trace(config, topology, rank)) for rank in ranks]
+    passes = [load_pass(named) for named in settings.passes]
+    traced = rank_graphs(config, topology, definition, passes, warn)
+    graphs = [target.prepare(graph) for graph in traced]
     plans = [target.memory(graph, limits) for graph in graphs]
     on_plan(plans)
     _check_memory(plans, settings.memory_limit_gb)
+    created_from: dict[str, Any] = {"checkpoint": checkpoint.digest}
+    if definition is not None:
+        created_from["definition"] = definition.origin
+    if passes:
+        created_from["passes"] = {own.name: own.digest for own in passes}
     sizes = largest_step(limits)
     on_disk = [sum(nbytes(p, sizes) for p in graph.parameters) for graph in graphs]
     total = sum(on_disk)
@@ -76,13 +88,14 @@ def build(
                     checkpoint_directory.resolve(),
                     topology,
                     rank,
+                    graph,
                     dataclasses.replace(settings, target=name),
                     limits,
                     rank_directory(writer.directory, rank).resolve(),
                     on_disk[rank],
                     peaks[rank],
                 )
-                for rank in ranks
+                for rank, graph in enumerate(graphs)
             ]
             compiled = compile_apart(jobs, progress)
         else:
@@ -105,7 +118,7 @@ def build(
                 "kind": KIND,
                 "format_version": FORMAT_VERSION,
                 "llmforge": __version__,
-                "created_from": {"checkpoint": checkpoint.digest},
+                "created_from": created_from,
                 "target": target.name,
                 "target_details": target.details(),
                 "topology": dataclasses.asdict(topology),
@@ -249,8 +262,3 @@ def _check_memory(plans: Sequence[MemoryPlan], limit_gb: float | None) -> None:
             f"the limit of {limit_gb:g} GB; use more ranks, or lower max_batch_size, max_seq_len, "
             "max_num_tokens or kv_cache_tokens"
         )
-
-
-def trace_for_target(config: ModelConfig, topology: Topology, rank: int, name: str) -> Graph:
-    """The graph of a rank as the target would compile it, to look at."""
-    return find_target(name).prepare(trace(config, topology, rank))

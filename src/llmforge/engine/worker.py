@@ -17,7 +17,6 @@ from llmforge.engine.target import Checksums
 from llmforge.engine.target import target as find_target
 from llmforge.engine.weights import RankWeights
 from llmforge.errors import LlmforgeError
-from llmforge.model.decoder import trace
 
 _PR_SET_PDEATHSIG = 1
 
@@ -45,9 +44,8 @@ def _compile(job: RankJob) -> Checksums:
     assert name is not None
     target = find_target(name).configured(job.settings)
     checkpoint = Checkpoint.open(job.checkpoint)
-    graph = target.prepare(trace(checkpoint.config, job.topology, job.rank))
     weights = _ReportingWeights(checkpoint, job.topology, job.rank)
-    return target.compile(graph, weights, job.limits, job.out)
+    return target.compile(job.graph, weights, job.limits, job.out)
 
 
 def _say(**message: Any) -> None:

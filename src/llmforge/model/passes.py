@@ -66,13 +66,17 @@ def _shared_parameters(graph: Graph) -> set[str]:
 
 def _joined(graph: Graph, names: list[str]) -> Parameter:
     """One parameter of several, joined along the first dimension. Its name keeps what the names
-    have in common: layers.0.attention.{q,k,v}.weight → layers.0.attention.q+k+v.weight."""
+    have in common: layers.0.attention.{q,k,v}.weight → layers.0.attention.q+k+v.weight (if they
+    are of as many parts)."""
     parts = [p for name in names for p in graph.parameters if p.name == name]
     split_names = [name.split(".") for name in names]
-    fields = ["+".join(dict.fromkeys(field)) for field in zip(*split_names, strict=True)]
+    if len({len(fields) for fields in split_names}) == 1:
+        joined = ".".join("+".join(dict.fromkeys(f)) for f in zip(*split_names, strict=True))
+    else:
+        joined = "+".join(names)
     rows = sum(int(p.shape[0]) for p in parts)
     sources = tuple(source for p in parts for source in p.parts)
-    return Parameter(".".join(fields), (rows, *parts[0].shape[1:]), parts[0].dtype, sources)
+    return Parameter(joined, (rows, *parts[0].shape[1:]), parts[0].dtype, sources)
 
 
 def fuse_add_norm(graph: Graph) -> Graph:

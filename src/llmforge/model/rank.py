@@ -56,6 +56,11 @@ class RankBuilder(GraphBuilder):
         bias = f"{name}.bias"
         return self.weight(bias) if bias in self.specs else None
 
+    def heads(self, count: int) -> int:
+        """How many of `count` heads this rank has: its share, or one of which others have copies,
+        as a parameter cut by head has them."""
+        return max(1, count // self.topology.tensor_parallel)
+
     def column_linear(self, x: Tensor, name: str) -> Tensor:
         """The linear ``NAME.weight``, ``NAME.bias`` cut along its output features: each rank
         computes its own of them."""

@@ -64,6 +64,13 @@ def logit_tolerance(config: ModelConfig, scale: float) -> float:
         + 2 * config.hidden_size  # gate, up
         + config.intermediate_size  # down
     )
+    if moe := config.moe:
+        # The router, and of the chosen experts and the shared one gate, up and down.
+        one = 2 * config.hidden_size + moe.expert_size
+        terms_per_layer += config.hidden_size + moe.top_k * one + moe.shared_size
+    if latent := config.latent:
+        # Queries and values pass through the latents.
+        terms_per_layer += (latent.q_rank or 0) + latent.nope_dim + 2 * latent.kv_rank
     dtype_errors = (_ROUNDINGS_PER_LAYER * config.num_layers + 3) * UNIT_ROUNDOFF[config.dtype] ** 2
     sums = (terms_per_layer * config.num_layers + config.hidden_size) / 2
     variance = 2 * (dtype_errors + sums * _ACCUMULATOR_ROUNDOFF**2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmforge.checkpoint.config import ModelConfig
@@ -21,11 +21,12 @@ from llmforge.checkpoint.families.gpt_oss import GPT_OSS_FAMILIES
 from llmforge.checkpoint.families.layer_norm import LAYER_NORM_FAMILIES
 from llmforge.checkpoint.families.llama import LLAMA_FAMILIES
 from llmforge.checkpoint.families.moe import MOE_FAMILIES
+from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.families.positions import POSITION_FAMILIES
 from llmforge.checkpoint.hf_config import Fields, read_json
 from llmforge.checkpoint.mapping import Ignore, Plan, make_plan
 from llmforge.checkpoint.quantized import FP8_BLOCK
-from llmforge.errors import SourceError, UnsupportedModelError
+from llmforge.errors import DefinitionError, SourceError, UnsupportedModelError
 from llmforge.safetensors_io import TensorInfo
 
 __all__ = ["FAMILIES", "Family", "plan_for", "read_config", "supported_architectures"]
@@ -48,11 +49,12 @@ def supported_architectures() -> list[str]:
     return [family.architectures[0] for family in FAMILIES]
 
 
-def read_config(path: Path) -> tuple[Family, ModelConfig]:
+def read_config(path: Path, own: OwnFamily | None = None) -> tuple[Family, ModelConfig]:
     """The family and the config of a config.json; end-of-sequence tokens of a
-    generation_config.json beside it join in. Raises SourceError and UnsupportedModelError."""
+    generation_config.json beside it join in. With `own`, the model is of that family. Raises
+    SourceError and UnsupportedModelError."""
     fields = Fields(path, read_json(path))
-    family = _find_family(fields)
+    family = _find_family(fields, FAMILIES if own is None else (own.family,))
     _refuse_quantized(fields, family)
     config = family.read_config(family, dataclasses.replace(fields, aliases=family.aliases))
     generation = path.with_name("generation_config.json")
@@ -60,20 +62,20 @@ def read_config(path: Path) -> tuple[Family, ModelConfig]:
         more = Fields(generation, read_json(generation)).token_ids("eos_token_id", ())
         eos = tuple(dict.fromkeys((*config.eos_token_ids, *more)))
         config = dataclasses.replace(config, eos_token_ids=eos)
-    return family, config
+    return family, config if own is None else own.recorded(config)
 
 
-def _find_family(fields: Fields) -> Family:
+def _find_family(fields: Fields, families: Sequence[Family]) -> Family:
     architectures = fields.data.get("architectures") or []
     if not isinstance(architectures, list):
         raise fields.bad("architectures", "a list of names")
     model_type = fields.data.get("model_type")
-    for family in FAMILIES:
+    for family in families:
         if architectures and any(name in family.architectures for name in architectures):
             return family
         if not architectures and model_type in family.model_types:
             return family
-    supported = f"supported: {', '.join(supported_architectures())}"
+    supported = f"supported: {', '.join(family.architectures[0] for family in families)}"
     if not architectures and model_type is None:
         raise SourceError(
             f"{fields.path} names no architecture (field architectures or model_type); {supported}"
@@ -116,4 +118,11 @@ def plan_for(
     if config.tied_embeddings:
         heads = {name for rule in rules for name in rule.theirs if "head.weight" in rule.ours}
         ignored += tuple(Ignore(re.escape(name), _TIED_HEAD) for name in heads)
-    return make_plan(config, rules, ignored, tensors, where)
+    try:
+        return make_plan(config, rules, ignored, tensors, where)
+    except AssertionError as error:
+        if config.own is None:
+            raise
+        raise DefinitionError(
+            f"{config.own.file}: its rules and its list of parameters do not agree on {error}"
+        ) from error

@@ -182,7 +182,6 @@ def _read_mpt(family: Family, fields: Fields) -> ModelConfig:
     refuse(attention, "alibi", True)
     for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id"):
         refuse(attention, name, False)
-    refuse(attention, "clip_qkv")
     heads = fields.integer("num_attention_heads")
     scale = attention.number("softmax_scale") if attention.has("softmax_scale") else None
     return _read(
@@ -191,6 +190,7 @@ def _read_mpt(family: Family, fields: Fields) -> ModelConfig:
         bias=False,
         norm_bias=False,
         attention_scale=scale,
+        qkv_clamp=attention.number("clip_qkv") if attention.has("clip_qkv") else None,
         intermediate_size=4 * fields.integer("hidden_size"),
         alibi_slopes=_mpt_slopes(heads, attention.number("alibi_bias_max", 8)),
     )
@@ -316,6 +316,6 @@ POSITION_FAMILIES = (
             "max_position_embeddings": "max_seq_len",
             "norm_eps": "layer_norm_epsilon",
         },
-        "ALiBi, no biases, merged qkv; clipped qkv is refused",
+        "ALiBi, no biases, merged qkv, clipped if the config says so",
     ),
 )

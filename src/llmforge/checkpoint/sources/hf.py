@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from llmforge.artifact import Warn, listed, no_warning, stays_inside
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families import plan_for, read_config
+from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.hf_config import read_json
 from llmforge.checkpoint.mapping import SOURCE_DTYPES, Plan
 from llmforge.checkpoint.sources.base import common_dtype, same_values
@@ -57,11 +58,12 @@ class HfSource:
         directory: Path,
         warn: Warn = no_warning,
         description: Mapping[str, Any] | None = None,
+        own: OwnFamily | None = None,
     ) -> None:
         self.directory = directory
         self.tokenizer_directory: Path | None = directory
         _check_directory(directory)
-        family, config = read_config(directory / CONFIG)
+        family, config = read_config(directory / CONFIG, own)
         self.kind = f"Hugging Face model, family {family.name}"
         paths, index = _weight_files(directory)
         self._files = {str(path.relative_to(directory)): _open(path) for path in paths}
@@ -117,7 +119,8 @@ def _embedding_and_head(tensors: Mapping[str, TensorInfo]) -> tuple[str | None, 
 def _check_directory(directory: Path) -> None:
     if not directory.exists():
         raise SourceError(
-            f"{directory} does not exist; give a model's directory, or its id on the Hub (org/name)"
+            f"{directory} does not exist; give a model's directory or archive, or its id on the "
+            "Hub (org/name)"
         )
     if not directory.is_dir():
         raise SourceError(
@@ -140,7 +143,10 @@ def _supported(names: list[str]) -> str:
     found = sorted({label for name in names if (label := _FOREIGN.get(Path(name).suffix))})
     but = f"{' and '.join(found)} files are not supported: " if found else ""
     usual = ", ".join(WEIGHT_FILES)
-    return f"{but}a model directory holds config.json and one of {usual}, or one .pt or .pth file"
+    return (
+        f"{but}a model directory holds config.json and one of {usual}, or one .pt or .pth file; "
+        "also read are NeMo's, TensorRT-LLM's and Meta's files (see docs/sources.md)"
+    )
 
 
 def has_weights(directory: Path) -> bool:

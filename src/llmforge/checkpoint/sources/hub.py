@@ -9,6 +9,7 @@ from typing import Any
 
 from llmforge.artifact import Progress, Warn
 from llmforge.checkpoint.families import read_config
+from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.sources.hf import CONFIG, HfSource
 from llmforge.checkpoint.tokenizer_files import FILES
 from llmforge.errors import SourceError
@@ -31,18 +32,24 @@ def is_hub_id(source: str | Path) -> bool:
     )
 
 
-def hub_source(repo_id: str, revision: str | None, progress: Progress, warn: Warn) -> HfSource:
+def hub_source(
+    repo_id: str,
+    revision: str | None,
+    progress: Progress,
+    warn: Warn,
+    own: OwnFamily | None = None,
+) -> HfSource:
     """Download the model, as far as it is not in the cache, and open it. The config comes first,
     so that a model that is not supported is refused before its weights are fetched."""
     directory = _download(repo_id, revision, (CONFIG, *FILES), progress)
     if not (directory / CONFIG).is_file():
         raise SourceError(f"{repo_id} on the Hub has no config.json: it is not a model to convert")
-    read_config(directory / CONFIG)
+    read_config(directory / CONFIG, own)
     commit = directory.name
     directory = _download(repo_id, commit, _SAFETENSORS, progress)
     if not any(directory.glob("*.safetensors")):
         directory = _download(repo_id, commit, _BIN, progress)
-    return HfSource(directory, warn, {"name": repo_id, "revision": commit})
+    return HfSource(directory, warn, {"name": repo_id, "revision": commit}, own)
 
 
 def _download(

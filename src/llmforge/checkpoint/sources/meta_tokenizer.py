@@ -48,7 +48,6 @@ def unpack_tokenizer(model: Path, directory: Path, newer: bool, warn: Warn) -> P
     ranks = _ranks(raw)
     if ranks is None:
         (directory / MODEL).write_bytes(raw)
-        (directory / CONFIG).write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
         return directory
     try:
         (directory / TOKENIZER_JSON).write_text(_tokenizer(ranks, newer).to_str())

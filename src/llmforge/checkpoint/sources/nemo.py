@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -36,8 +35,6 @@ _TOKENIZER_FIELDS = {
     "vocab_file": "vocab.json",
     "merge_file": "merges.txt",
 }
-# Names of sentencepiece models need a class to say how they are to be read.
-_SENTENCEPIECE = {"tokenizer_class": "LlamaTokenizer"}
 
 
 def is_nemo(path: Path) -> bool:
@@ -151,8 +148,6 @@ def _unpack_tokenizer(tree: Tree, nemo: NemoConfig, directory: Path, warn: Warn)
         )
     for name, path in named.items():
         (directory / name).write_bytes(tree.files[path].read())
-    if "tokenizer.model" in named and "tokenizer_config.json" not in named:
-        (directory / "tokenizer_config.json").write_text(json.dumps(_SENTENCEPIECE))
     return directory
 
 

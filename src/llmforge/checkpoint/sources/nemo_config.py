@@ -90,7 +90,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
             "rotary_interleaved",
             "qk_l2_norm",
             "nope_layer_interval",
-            "peft",
         ),
         (False,),
     ),

@@ -164,8 +164,12 @@ def _named(file: TorchFile) -> dict[str, Pieced]:
     return {
         _plain_name(name): whole(info, functools.partial(file.fill, name))
         for name, info in file.tensors.items()
-        if not _NOT_WEIGHTS.fullmatch(name)
+        if _is_weight(name)
     }
+
+
+def _is_weight(name: str) -> bool:
+    return not _NOT_WEIGHTS.fullmatch(name)
 
 
 def _plain_name(name: str) -> str:
@@ -232,9 +236,9 @@ def _distributed(tree: Tree) -> tuple[str, dict[str, Pieced]]:
     elif any(name.endswith(f"/{ARRAY}") for name in tree.files):
         backend = "zarr"
     if backend == "torch_dist":
-        tensors = torch_dist_chunks(tree)
+        tensors = torch_dist_chunks(tree, _is_weight)
     elif backend == "zarr":
-        tensors = zarr_chunks(tree)
+        tensors = zarr_chunks(tree, _is_weight)
     else:
         raise UnsupportedModelError(
             f"{tree.label}: the checkpoint backend {backend!r} is not supported; supported: "
@@ -243,8 +247,7 @@ def _distributed(tree: Tree) -> tuple[str, dict[str, Pieced]]:
     pieces: dict[str, Pieced] = {}
     torn = []
     for name, (dtype, shape, chunks) in tensors.items():
-        if not _NOT_WEIGHTS.fullmatch(name):
-            torn += _unstacked(_plain_name(name), dtype, shape, chunks, pieces)
+        torn += _unstacked(_plain_name(name), dtype, shape, chunks, pieces)
     if torn:
         raise SourceError(
             f"{tree.label}: the chunks of these tensors do not cover them once ({len(torn)}): "

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from llmforge.checkpoint.config import DTYPE_BYTES
 from llmforge.checkpoint.families import read_config
+from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.mapping import Group, Plan
 from llmforge.checkpoint.params import ParamSpec, parameters
 from llmforge.safetensors_io import NUMPY_DTYPES, Array, TensorInfo
@@ -33,8 +34,14 @@ class RandomSource:
     """Parameters with the mean and standard deviation that params.py gives, in `dtype` or else
     the dtype that the config names."""
 
-    def __init__(self, config_file: Path, seed: int = 0, dtype: str | None = None) -> None:
-        _, config = read_config(config_file)
+    def __init__(
+        self,
+        config_file: Path,
+        seed: int = 0,
+        dtype: str | None = None,
+        own: OwnFamily | None = None,
+    ) -> None:
+        _, config = read_config(config_file, own)
         self.kind = f"random weights, family {config.family}"
         self.config = dataclasses.replace(config, dtype=dtype or config.dtype)
         self.tokenizer_directory: Path | None = config_file.parent

@@ -6,10 +6,11 @@ Other layouts than Hugging Face's leave this to the tokenizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from llmforge.checkpoint import sentencepiece
 
 _BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
 _ENDS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
@@ -47,8 +48,7 @@ def _from_files(directory: Path) -> Tokens:
         ids |= {token["content"]: token["id"] for token in data.get("added_tokens", ())}
         return _named(ids, _config(directory))
     if model.is_file():
-        raw = model.read_bytes()
-        return _sentencepiece(raw) if raw[:1] == b"\n" else Tokens()
+        return _sentencepiece(model.read_bytes())
     vocabulary = directory / "vocab.json"
     if vocabulary.is_file():
         ids = json.loads(vocabulary.read_bytes())
@@ -87,44 +87,6 @@ def _named(ids: dict[str, int], config: dict[str, Any]) -> Tokens:
 
 
 def _sentencepiece(raw: bytes) -> Tokens:
-    """From a ModelProto: field 1 is a piece, field 2 the TrainerSpec, whose fields 41 and 42 are
-    the ids of begin and end (https://github.com/google/sentencepiece,
-    src/sentencepiece_model.proto). A negative id stands for "none"."""
-    pieces, bos, eos = 0, 1, 2
-    for field, value in _protobuf(raw):
-        if field == 1:
-            pieces += 1
-        elif field == 2 and isinstance(value, bytes):
-            spec = {number: v for number, v in _protobuf(value) if isinstance(v, int)}
-            bos, eos = spec.get(41, 1), spec.get(42, 2)
-    return Tokens(pieces, bos if bos < pieces else None, (eos,) if eos < pieces else ())
-
-
-def _protobuf(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message (https://protobuf.dev/programming-guides/encoding)."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = raw[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(raw):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
-            continue
-        if kind not in (1, 2, 5):
-            raise ValueError(f"protobuf wire type {kind}")
-        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        if at + size > len(raw):
-            raise ValueError("truncated protobuf")
-        yield key >> 3, raw[at : at + size]
-        at += size
+    model = sentencepiece.parse(raw)
+    bos = model.bos if model.has(model.bos) else None
+    return Tokens(len(model.pieces), bos, (model.eos,) if model.has(model.eos) else ())

@@ -9,7 +9,7 @@ of names, each of which stands for a plain record here: it cannot import or call
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -110,9 +110,9 @@ class _Stored:
 
 
 def torch_dist_chunks(
-    tree: Tree,
+    tree: Tree, wanted: Callable[[str], bool]
 ) -> dict[str, tuple[str, tuple[int, ...], list[Chunk]]]:
-    """Tensor → dtype, shape and chunks. Raises SourceError."""
+    """Tensor → dtype, shape and chunks, of those that are wanted. Raises SourceError."""
     part = tree.require(METADATA)
     try:
         with part.stream() as file:
@@ -125,7 +125,7 @@ def torch_dist_chunks(
         }
         tensors = {}
         for name, entry in described.items():
-            if hasattr(entry, "chunks"):
+            if hasattr(entry, "chunks") and wanted(name):
                 dtype = str(entry.properties.args[0])
                 tensors[name] = dtype, tuple(entry.size), _chunks(tree, name, dtype, entry, stored)
     except SourceError:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from llmforge.artifact import listed
 from llmforge.checkpoint.sources.blocks import Chunk
-from llmforge.checkpoint.sources.files import Tree
+from llmforge.checkpoint.sources.files import Slice, Tree
 from llmforge.errors import SourceError
 from llmforge.safetensors_io import NUMPY_DTYPES
 
@@ -33,17 +34,22 @@ _DTYPES = {
 _PLAIN = {"zarr_format": 2, "compressor": None, "filters": None, "order": "C"}
 
 
-def zarr_chunks(tree: Tree) -> dict[str, tuple[str, tuple[int, ...], list[Chunk]]]:
-    """Tensor → dtype, shape and chunks. Raises SourceError."""
-    tensors = {}
-    for path in tree.files:
-        if path.endswith(f"/{ARRAY}"):
-            name = path.removesuffix(f"/{ARRAY}")
-            tensors[name] = _array(tree.below(name), name)
-    return tensors
+def zarr_chunks(
+    tree: Tree, wanted: Callable[[str], bool]
+) -> dict[str, tuple[str, tuple[int, ...], list[Chunk]]]:
+    """Tensor → dtype, shape and chunks, of those that are wanted. Raises SourceError."""
+    folders: dict[str, dict[str, Slice]] = {}
+    for path, part in tree.files.items():
+        name, _, file = path.partition("/")
+        folders.setdefault(name, {})[file] = part
+    return {
+        name: _array(Tree(f"{tree.label}/{name}", files))
+        for name, files in folders.items()
+        if ARRAY in files and wanted(name)
+    }
 
 
-def _array(tree: Tree, name: str) -> tuple[str, tuple[int, ...], list[Chunk]]:
+def _array(tree: Tree) -> tuple[str, tuple[int, ...], list[Chunk]]:
     part = tree.require(ARRAY)
     try:
         header = json.loads(part.read())

@@ -93,7 +93,10 @@ def experts_workspace(graph: Graph, limits: Limits) -> int:
         if node.op == "experts":
             x, ids, gate_up = (graph.tensors[node.inputs[i]] for i in (0, 1, 3))
             hidden, both = int(gate_up.shape[2]), int(gate_up.shape[1])
-            choices = int(ids.shape[1]) * hidden * DTYPE_BYTES["float32"] * 2
-            one = (2 * hidden + 2 * both) * DTYPE_BYTES[x.dtype] + hidden * DTYPE_BYTES["float32"]
-            most = max(most, limits.max_num_tokens * (choices + one))
+            # Of every choice what its expert gives; of a token their sum, and that in its dtype;
+            # of a row of the expert what is read, gate and up with what becomes of them, and the
+            # result before and after it is weighted.
+            wide = (int(ids.shape[1]) + 3) * hidden * DTYPE_BYTES["float32"]
+            narrow = (3 * hidden + 3 * both) * DTYPE_BYTES[x.dtype]
+            most = max(most, limits.max_num_tokens * (wide + narrow))
     return most
