@@ -88,6 +88,7 @@ _REFUSED = {
     "vision_args": "vision models",
     "quantization_args": "quantized weights",
     "lora_args": "adapters",
+    "sliding_window": "sliding windows",
 }
 
 

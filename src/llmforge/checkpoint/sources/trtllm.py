@@ -207,7 +207,8 @@ def _refuse(fields: Fields, architecture: Architecture, warn: Warn) -> None:
     )
     refused = {name: fields.data.get(name) for name in _REFUSED}
     refused["moe.num_experts"] = experts
-    refused["mapping.auto_parallel"] = fields.data.get("mapping", {}).get("auto_parallel")
+    mapping = fields.table("mapping")
+    refused["mapping.auto_parallel"] = mapping and mapping.data.get("auto_parallel")
     if not architecture.qk_norm:
         refused["qk_layernorm"] = fields.data.get("qk_layernorm")
     for name, value in refused.items():
