@@ -173,7 +173,7 @@ def _fields(path: Path, data: Mapping[str, Any], architecture: Architecture) -> 
             "original_max_position_embeddings": 8192,
             **scaling,
         }
-    fixed = architecture.fixed(values)
+    fixed = architecture.fixed(Fields(path, values))
     # A config of TensorRT-LLM leaves these to the tokenizer.
     found = tokens(path.parent)
     values |= {"bos_token_id": found.bos, "eos_token_id": list(found.eos), **fixed}
