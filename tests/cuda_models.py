@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from llmforge.checkpoint.config import ModelConfig, RopeConfig
+from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.params import ParamSpec, parameters
 from llmforge.engine.step import Limits, SampleRow, SamplingParams, StepBatch
+from llmforge.engine.weights import RankWeights
 from llmforge.model.graph import Graph, Parameter
+from llmforge.parallel import Topology
 from llmforge.safetensors_io import NUMPY_DTYPES
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=160, max_num_tokens=128, block_size=16, num_blocks=40)
@@ -95,6 +97,39 @@ MODELS = {
 }  # fmt: skip
 
 
+MODELS |= {
+    "experts": tiny(moe=MoeConfig(num_experts=8, top_k=2, expert_size=48, normalize=True)),
+    "experts-odd": tiny(
+        hidden_size=36, head_dim=6, num_heads=3, num_kv_heads=1,
+        moe=MoeConfig(num_experts=5, top_k=3, expert_size=22, dense_layers=(0,)),
+    ),
+    "experts-shared": tiny(
+        moe=MoeConfig(
+            num_experts=40, top_k=4, expert_size=32, shared_size=64, shared_gate=True,
+        ),
+        qkv_clamp=2.0,
+    ),
+    "sinks-and-limited-experts": tiny(
+        attention_sinks=True, window=20, qkv_bias=True, attention_output_bias=True,
+        moe=MoeConfig(
+            num_experts=6, top_k=2, expert_size=64, normalize=True, router_bias=True,
+            expert_bias=True, alpha=1.702, limit=1.0,
+        ),
+    ),
+    "latents": tiny(
+        num_kv_heads=1, head_dim=24, rope={"dim": 8},
+        latent=LatentConfig(q_rank=40, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=20),
+        moe=MoeConfig(
+            num_experts=16, top_k=3, expert_size=32, dense_layers=(0,), score="sigmoid",
+            normalize=True, scale=2.5, groups=4, kept_groups=2, group_top=2, correction=True,
+            shared_size=32,
+        ),
+    ),
+    "latents-wide": tiny(
+        num_kv_heads=1, num_heads=2, head_dim=192, rope={"dim": 64}, num_layers=1,
+        latent=LatentConfig(q_rank=None, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128),
+    ),
+}  # fmt: skip
 OLMO = tiny(qk_norm=True, qk_norm_span="all", pre_norm=False, post_norm=True)
 """Norms of q and k over all heads, which ranks compute together."""
 MODELS["norms-over-heads"] = OLMO
@@ -109,15 +144,40 @@ class RandomWeights:
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        dtype = NUMPY_DTYPES[config.dtype]
 
         def draw(spec: ParamSpec) -> Any:
+            dtype = NUMPY_DTYPES[spec.stored_as(config)]
             return (spec.init_mean + spec.init_std * rng.standard_normal(spec.shape)).astype(dtype)
 
         self.values = {spec.name: draw(spec) for spec in parameters(config).values()}
 
     def read(self, parameter: Parameter) -> Any:
         return np.concatenate([self.values[name] for name in parameter.parts])
+
+
+class WholeWeights:
+    """Random weights in the place of a checkpoint, for `RankWeights` to take a rank's shares of."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config = config
+        self._values = RandomWeights(config, seed).values
+
+    def read(
+        self,
+        name: str,
+        dim: int = 0,
+        start: int | None = None,
+        stop: int | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Any:
+        values = self._values[name] if rows is None else self._values[name][slice(*rows)]
+        index = [slice(None)] * values.ndim
+        index[dim] = slice(start, stop)
+        return np.ascontiguousarray(values[tuple(index)])
+
+
+def rank_weights(config: ModelConfig, seed: int, topology: Topology, rank: int) -> RankWeights:
+    return RankWeights(WholeWeights(config, seed), topology, rank)  # type: ignore[arg-type]
 
 
 def compile_into(target: Any, graph: Graph, weights: Any, limits: Limits, out: Path) -> Path:

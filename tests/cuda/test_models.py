@@ -38,8 +38,17 @@ def both(config, tmp_path, seed=0):
     return loaded
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", MODELS)
+# Experts are chosen anew after every rounding, so in two-byte types logits may differ by more than
+# rounding explains: test_ops.py compares these op by op.
+CASES = [
+    (name, dtype)
+    for name, config in MODELS.items()
+    for dtype in ("float32", "bfloat16", "float16")
+    if dtype == "float32" or config.moe is None
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_logits(name, dtype, tmp_path):
     config = of_dtype(MODELS[name], dtype)
     cpu, cuda = both(config, tmp_path)

@@ -31,7 +31,18 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
 
     limits = Limits(8, 128, 128, 16, 64)
     found: dict[str, KernelSpec] = {}
-    names = ("layer-norm", "scaled-and-capped", "alibi-parallel", "dynamic-rope", "all-biases")
+    names = (
+        "layer-norm",
+        "scaled-and-capped",
+        "alibi-parallel",
+        "dynamic-rope",
+        "all-biases",
+        "experts",
+        "experts-shared",
+        "sinks-and-limited-experts",
+        "latents",
+        "latents-wide",
+    )
     for config in [*REAL, *(MODELS[name] for name in names)]:
         graph = CudaTarget().prepare(trace(config, Topology(), 0))
         found.update(engine_kernels(graph, limits, arch))

@@ -107,24 +107,27 @@ def attention(
     split: SplitScratch | None = None,
     soft_cap: float | None = None,
     slopes: Operand | None = None,
+    sinks: Operand | None = None,
 ) -> Launch:
     """Causal attention of contiguous q [tokens, heads * head_dim] over the cache, which holds the
-    new tokens already. With `split`, every sequence has one new token. `soft_cap` and `slopes`
-    (float32, one a head) change the scores as scored_attention does."""
-    dtype = same_dtype(out, q, cache.keys, cache.values)
+    new tokens already. With `split`, every sequence has one new token. `soft_cap`, `slopes`
+    (float32, one a head) and `sinks` (one a head) change the scores as scored_attention does."""
+    dtype = same_dtype(out, q, cache.keys, cache.values, sinks)
     heads = q.features // cache.head_dim
     require(q.contiguous and out.contiguous, "attention: q and out must be contiguous")
     defines = {"HEADS": heads, "WINDOW": window or 0, **cache.defines}
     step = (cache.query_starts, cache.kv_lens, cache.block_table)
-    plain = soft_cap is None and slopes is None
+    plain = soft_cap is None and slopes is None and sinks is None
     covered = has_tensor_core_attention(dtype, heads, cache.kv_heads, cache.head_dim)
     if not (plain and covered):
         warps = 4
         defines |= {"CAP": int(soft_cap is not None), "SLOPES": int(slopes is not None)}
+        defines["SINKS"] = int(sinks is not None)
         spec = specialised("attention_simple.cu", "attention_simple", dtype, WARPS=warps, **defines)
         arguments: tuple[Argument, ...] = (
             out, q, cache.keys, cache.values, *step,
             Size("tokens"), Size("sequences"), Float(scale), Float(soft_cap or 0.0), slopes,
+            sinks,
         )  # fmt: skip
         return Launch(spec, arguments, (Size("tokens", heads, warps), 1, 1), warps * 32)
     group, warps = heads // cache.kv_heads, 4

@@ -220,6 +220,11 @@ def soft_cap(out: Operand, x: Operand, *, cap: float) -> Launch:
     return _elementwise(out, x, None, {"OP_CAP": 1}, cap)
 
 
+def clamp(out: Operand, x: Operand, *, limit: float) -> Launch:
+    """out = x, what is beyond -limit or limit being set to it."""
+    return _elementwise(out, x, None, {"OP_CLAMP": 1}, limit)
+
+
 def _elementwise(
     out: Operand, x: Operand, y: Operand | None, defines: Mapping[str, int], factor: float = 0.0
 ) -> Launch:

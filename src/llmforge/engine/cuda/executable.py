@@ -17,7 +17,7 @@ import torch
 from llmforge.comm import Comm
 from llmforge.engine.cuda.buffers import Memory
 from llmforge.engine.cuda.modules import load_modules, read_graph
-from llmforge.engine.cuda.program import Instruction, Matmul, Program, Transfer
+from llmforge.engine.cuda.program import HeadMatmul, Instruction, Matmul, Program, Transfer
 from llmforge.engine.cuda.ranks import Ranks, take_device
 from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.cuda.target import (
@@ -170,6 +170,8 @@ class CudaExecutable:
         call = instruction.call
         if isinstance(call, Matmul):
             return _BoundMatmul(call, self.memory, program, self.sizes)
+        if isinstance(call, HeadMatmul):
+            return _BoundHeadMatmul(call, self.memory, program, self.sizes)
         if isinstance(call, Transfer):
             return _BoundTransfer(call, self.memory, program, self.sizes, self.ranks)
         return self.bind_launch(call, program)
@@ -312,6 +314,24 @@ class _BoundMatmul:
             torch.mm(x, self._weight, out=out)
         else:
             torch.addmm(self._bias, x, self._weight, out=out)
+
+
+class _BoundHeadMatmul:
+    """A product of each head by torch (cuBLAS), on views of the buffers."""
+
+    def __init__(self, call: HeadMatmul, memory: Memory, program: Program, sizes: Sizes) -> None:
+        rows, self._sizes = program.shape.tokens, sizes
+        weight = memory.view(program, call.weight)
+        heads = len(weight)
+        self._weight = weight.transpose(1, 2)
+        self._x, self._out = (
+            memory.view(program, operand, rows).unflatten(-1, (heads, -1)).transpose(0, 1)
+            for operand in (call.x, call.out)
+        )
+
+    def __call__(self, stream: int) -> None:
+        rows = self._sizes.get("tokens")
+        torch.bmm(self._x[:, :rows], self._weight, out=self._out[:, :rows])
 
 
 class _BoundTransfer:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NoReturn
 
 from llmforge.checkpoint.config import RopeConfig
-from llmforge.engine.cuda import collectives
+from llmforge.engine.cuda import collectives, experts, latent
 from llmforge.engine.cuda.patterns import PATTERNS
 from llmforge.engine.cuda.products import attend, norm, product
 from llmforge.engine.cuda.program import Program, StepShape
 from llmforge.engine.cuda.state import Lowering
 from llmforge.engine.step import Limits
-from llmforge.errors import BuildError
 from llmforge.kernels import attention
 from llmforge.kernels import launch as kernels
 from llmforge.kernels.launch import Operand
@@ -25,8 +23,7 @@ from llmforge.model.graph import Graph, Node
 
 
 def lower(graph: Graph, limits: Limits, shape: StepShape) -> Program:
-    """The program of a prepared graph for steps of this shape. Raises BuildError where the graph
-    has ops that this target cannot execute yet."""
+    """The program of a prepared graph for steps of this shape."""
     low = Lowering(graph, limits, shape)
     index = 0
     while index < len(graph.nodes):
@@ -141,6 +138,11 @@ def _scale(low: Lowering, node: Node) -> None:
     low.emit(kernels.scale(out, x, **node.attrs), node.outputs[0])
 
 
+def _clamp(low: Lowering, node: Node) -> None:
+    x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
+    low.emit(kernels.clamp(out, x, **node.attrs), node.outputs[0])
+
+
 def _soft_cap(low: Lowering, node: Node) -> None:
     x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
     low.emit(kernels.soft_cap(out, x, **node.attrs), node.outputs[0])
@@ -154,11 +156,6 @@ def _select_rows(low: Lowering, node: Node) -> None:
         low.operands[node.outputs[0]] = dataclasses.replace(x, shape=shape)
         return
     low.emit(kernels.gather(low.new(node.outputs[0]), x, rows), node.outputs[0])
-
-
-def refuse(low: Lowering, node: Node) -> NoReturn:
-    """The row of ops without a lowering: the target refuses graphs that have them."""
-    raise BuildError(f"the cuda target cannot execute {node.op} yet")
 
 
 COLLECTIVES: dict[str, Callable[[Lowering, Node], None]] = {
@@ -186,12 +183,12 @@ LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
     "square_sum": _square_sum,
     "rms_norm_by": _rms_norm_by,
     "gated_activation": _gated_activation,
-    "latent_attention": refuse,
-    "head_linear": refuse,
-    "clamp": refuse,
-    "route": refuse,
-    "experts": refuse,
-    "token_gate": refuse,
+    "latent_attention": latent.latent_attention,
+    "head_linear": latent.head_linear,
+    "clamp": _clamp,
+    "route": experts.route,
+    "experts": experts.experts,
+    "token_gate": experts.token_gate,
     "select_rows": _select_rows,
     **COLLECTIVES,
 }

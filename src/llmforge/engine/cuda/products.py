@@ -95,5 +95,6 @@ def attend(low: Lowering, node: Node, q: Operand, cache: Cache) -> None:
         split=split,
         soft_cap=node.attrs.get("soft_cap"),
         slopes=slopes,
+        sinks=low.optional(node.inputs[8]) if node.op == "scored_attention" else None,
     )
     low.emit(call, node.outputs[0])

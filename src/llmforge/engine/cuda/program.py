@@ -50,6 +50,16 @@ class Matmul:
 
 
 @dataclass(frozen=True)
+class HeadMatmul:
+    """out = x weightᵀ for each head by itself, by the vendor's library: x [tokens, heads * in],
+    weight [heads, out, in]."""
+
+    x: Operand
+    weight: Operand
+    out: Operand
+
+
+@dataclass(frozen=True)
 class Transfer:
     """NCCL's part of an exchange. gather: the operand of every rank of the tensor-parallel
     group into `collectives.PARTS`; send, receive: the operand to or from the rank `peer`."""
@@ -59,17 +69,22 @@ class Transfer:
     peer: int = 0
 
 
+Call = Launch | Matmul | HeadMatmul | Transfer
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One step of a program, and the graph tensors that are computed once it has run."""
 
-    call: Launch | Matmul | Transfer
+    call: Call
     tensors: tuple[str, ...]
 
     @property
     def operands(self) -> list[Operand]:
         if isinstance(self.call, Transfer):
             return [self.call.operand]
+        if isinstance(self.call, HeadMatmul):
+            return [self.call.x, self.call.weight, self.call.out]
         if isinstance(self.call, Matmul):
             found = (self.call.x, self.call.weight, self.call.bias, self.call.out)
             return [o for o in found if o is not None]

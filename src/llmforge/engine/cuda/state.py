@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmforge.engine.cuda.program import (
+    Call,
     Instruction,
-    Matmul,
     Program,
     StepLayout,
     StepShape,
-    Transfer,
     buffer_bytes,
     plan_arena,
 )
@@ -18,7 +17,7 @@ from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits
 from llmforge.kernels import stream
 from llmforge.kernels.attention import Cache
-from llmforge.kernels.launch import Dim, Launch, Operand
+from llmforge.kernels.launch import Dim, Operand
 from llmforge.model.graph import Graph, Node
 
 # Blocks a sequence's keys are divided among at most: enough to fill a large GPU from one sequence.
@@ -95,7 +94,18 @@ class Lowering:
         self.operands[name] = operand
         return operand
 
-    def emit(self, call: Launch | Matmul | Transfer, *tensors: str) -> None:
+    def temporary(self, name: str, shape: tuple[Dim, ...], dtype: str) -> Operand:
+        """A buffer that is no tensor of the graph."""
+        stride = shape[-1] if isinstance(shape[-1], int) else 1
+        operand = Operand(f"arena.{name}", shape, dtype, stride)
+        self._buffers[operand.buffer] = buffer_bytes(shape, dtype, self._sizes)
+        return operand
+
+    def optional(self, name: str) -> Operand | None:
+        """The operand of an optional input: None where it is absent."""
+        return self.operands[name] if name else None
+
+    def emit(self, call: Call, *tensors: str) -> None:
         """Append an instruction; `tensors` are computed once it has run."""
         self._instructions.append(Instruction(call, tensors))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmforge.comm import Comm
-from llmforge.engine.cuda.lowering import COLLECTIVES, LOWERINGS, lower, refuse
+from llmforge.engine.cuda.lowering import COLLECTIVES, lower
 from llmforge.engine.cuda.program import Links, Program, StepShape
 from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
@@ -23,6 +23,7 @@ from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.errors import BuildError, TargetError
 from llmforge.kernels import compile as compiler
 from llmforge.kernels.compile import KernelSpec
+from llmforge.kernels.experts import unfit_route
 from llmforge.kernels.images import ARCHS, PTX_ARCH, check_archs, write_images
 from llmforge.model.graph import Graph
 from llmforge.model.passes import apply, fuse_add_norm, merge_linears
@@ -65,14 +66,14 @@ class CudaTarget:
         return compiler.unavailable()
 
     def prepare(self, graph: Graph) -> Graph:
-        refused = {node.op for node in graph.nodes if LOWERINGS.get(node.op, refuse) is refuse}
-        if any(n.op == "scored_attention" and n.inputs[8] for n in graph.nodes):
-            refused.add("attention sinks")
-        if refused:
-            raise BuildError(
-                f"the cuda target cannot execute {', '.join(sorted(refused))} yet; build for the "
-                "target cpu"
-            )
+        for node in graph.nodes:
+            if node.op == "route":
+                experts = int(graph.tensors[node.inputs[1]].shape[0])
+                if reason := unfit_route(node.attrs, experts):
+                    raise BuildError(
+                        f"the cuda target cannot choose experts like this model ({reason}); "
+                        "build for the target cpu"
+                    )
         return apply(graph, PASSES)
 
     def memory(self, graph: Graph, limits: Limits) -> MemoryPlan:

@@ -2,7 +2,8 @@
 // and decode alike. The fallback for what attention_mma.cu does not cover; all in float32.
 //   HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TABLE_STRIDE as in qkv.cu. WINDOW: positions attended to,
 //   0 for all. WARPS: warps a block. CAP: scores are capped, soft_cap tanh(score / soft_cap).
-//   SLOPES: then lowered by slopes[head] for each position of distance. Grid: tokens * HEADS / WARPS.
+//   SLOPES: then lowered by slopes[head] for each position of distance. SINKS: each head has one more
+//   key, whose score is sinks[head] and whose value is zero. Grid: tokens * HEADS / WARPS.
 #include "common.cuh"
 
 #define PER_LANE ((HEAD_DIM + 31) / 32)
@@ -10,7 +11,8 @@
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 attention_simple(T* out, const T* q, const T* key_cache, const T* value_cache,
                  const int* query_starts, const int* kv_lens, const int* block_table, int tokens,
-                 int sequences, float scale, float soft_cap, const float* slopes) {
+                 int sequences, float scale, float soft_cap, const float* slopes,
+                 const T* sinks) {
     let_next_start();
     wait_for_previous();
     const int lane = threadIdx.x % 32;
@@ -56,6 +58,12 @@ attention_simple(T* out, const T* q, const T* key_cache, const T* value_cache,
             if (d < HEAD_DIM) sum[i] = sum[i] * keep + weight * to_float(value_cache[row + d]);
         }
     }
+#if SINKS
+    const float sink = to_float(sinks[head]), bound = fmaxf(largest, sink);
+    total = total * expf(largest - bound) + expf(sink - bound);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) sum[i] *= expf(largest - bound);
+#endif
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         const int d = i * 32 + lane;

@@ -1,6 +1,7 @@
 // Elementwise ops on packed rows, one of: OP_ADD, x + y (y is a matrix, or with y_stride 0 one row
 // for all); OP_GATED, activation(x) y, the activation rounded before the product; OP_ACTIVATION,
-// activation(x); OP_SCALE, x factor; OP_CAP, factor tanh(x / factor). The last three have no y.
+// activation(x); OP_SCALE, x factor; OP_CAP, factor tanh(x / factor); OP_CLAMP, x within ±factor. The
+// last four have no y.
 // FEATURES: elements of a row. WIDTH: elements a load. THREADS: block size.
 // Grid: (tokens, blocks that cover a row). Strides are in elements, from token to token.
 #include "common.cuh"
@@ -29,6 +30,8 @@ elementwise(T* out, const T* x, const T* y, int out_stride, int x_stride, int y_
         result.v[j] = from_float(activation(to_float(a.v[j])));
 #elif defined(OP_SCALE)
         result.v[j] = from_float(to_float(a.v[j]) * factor);
+#elif defined(OP_CLAMP)
+        result.v[j] = from_float(fminf(fmaxf(to_float(a.v[j]), -factor), factor));
 #elif defined(OP_CAP)
         result.v[j] = from_float(factor * tanhf(to_float(a.v[j]) / factor));
 #endif

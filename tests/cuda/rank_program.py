@@ -1,0 +1,284 @@
+"""One rank of a job for test_ranks.py: rank_program.py DEED [ARGUMENTS], under mpirun. What it
+finds wrong it raises, which ends the job."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cuda_models import (
+    LIMITS,
+    MODELS,
+    Driver,
+    RandomWeights,
+    compile_into,
+    of_dtype,
+    poison,
+    rank_weights,
+    steps,
+    tolerance,
+)
+from op_meanings import TOLERANCE, check_instructions
+
+from llmforge.comm import Comm, LocalComm, MpiComm
+from llmforge.engine.cpu.target import CpuTarget
+from llmforge.engine.cuda.executable import SIZES
+from llmforge.engine.cuda.ranks import take_device
+from llmforge.engine.cuda.target import CudaTarget
+from llmforge.engine.step import SamplingParams
+from llmforge.kernels import collectives
+from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, TENSOR_RANK, Group
+from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel
+from llmforge.kernels.driver import BoundLaunch, Module, Sizes
+from llmforge.kernels.exchange import DriverMemory, Peers, SharedRegions, slot_units
+from llmforge.kernels.launch import Operand
+from llmforge.model.decoder import trace
+from llmforge.model.reference import DTYPES, REFERENCE, Context
+from llmforge.parallel import Topology
+from llmforge.runtime.sampling import sample
+
+# -- the kernels by themselves ---------------------------------------------------------------------
+
+
+class Bench:
+    """Launches bound to tensors by name."""
+
+    def __init__(self, comm: Comm, device: torch.device, slot: int) -> None:
+        self.comm, self.sizes, self.tensors = comm, Sizes(SIZES), {}
+        ring = Peers(
+            tuple(range(comm.size)), (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        )
+        units = slot_units(slot)
+        self.regions = SharedRegions(DriverMemory(), comm, ring, 16 * units, 16 * units)
+        for name, value in ((TENSOR_RANK, comm.rank), (GROUP_SLOT, units), (MAIL_SLOT, units)):
+            self.sizes.set(name, value)
+        major, minor = torch.cuda.get_device_capability(device)
+        self.arch, self.overlap = f"sm_{major}{minor}", major >= 9
+        self.modules: dict[str, Module] = {}
+
+    def run(self, made: collectives.Collective, rows: int) -> None:
+        self.sizes.set("tokens", rows)
+        spec = made.launch.kernel
+        if spec.key not in self.modules:
+            image = compile_kernel(spec, self.arch, DEFAULT_CACHE).image
+            self.modules[spec.key] = Module(image, spec.entry)
+        bound = BoundLaunch(
+            made.launch, self.modules[spec.key], self._address, self.sizes, overlap=self.overlap
+        )
+        bound(torch.cuda.current_stream().cuda_stream)
+
+    def _address(self, name: str) -> int:
+        if name in self.regions.addresses:
+            return self.regions.addresses[name]
+        return self.tensors[name].data_ptr()
+
+    def operand(self, name: str, *shape: int | str, dtype: str) -> Operand:
+        return Operand(name, shape, dtype, int(shape[-1]))
+
+
+def drawn(seed: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """Values of very different size, so that the order of a sum shows."""
+    generator = torch.Generator().manual_seed(seed)
+    powers = torch.randint(-3, 4, shape, generator=generator)
+    return (torch.randn(shape, generator=generator) * 10.0**powers).to(DTYPES[dtype])
+
+
+def in_rank_order(parts: list[torch.Tensor]) -> torch.Tensor:
+    wide = torch.float64 if parts[0].dtype == torch.float32 else torch.float32
+    total = parts[0].to(wide)
+    for part in parts[1:]:
+        total = total + part.to(wide)
+    return total.to(parts[0].dtype)
+
+
+def collectives_alone(comm: Comm, rounds: int) -> None:
+    """Exchanges of random sizes one after another, ranks at different speeds."""
+    device = take_device(comm)
+    bench, rng = Bench(comm, device, 16 << 20), np.random.default_rng(5)
+    for number in range(rounds):
+        dtype = str(rng.choice(["float32", "bfloat16", "float16"]))
+        features = int(rng.choice([1, 36, 64, 1000, 2048, 4096]))
+        most = int(rng.choice([4, 256]))
+        rows = int(rng.integers(1, most + 1))
+        kind = str(rng.choice(["reduce", "norm", "gather", "message"]))
+        if rng.integers(comm.size) == comm.rank:
+            time.sleep(float(rng.random()) * 0.01)
+        else:
+            rng.random()
+        one_round(bench, kind, dtype, features, most, rows, seed=1000 * number)
+    bench.regions.close()
+
+
+def one_round(
+    bench: Bench, kind: str, dtype: str, features: int, most: int, rows: int, seed: int
+) -> None:
+    comm, shape = bench.comm, (rows, features)
+    xs = [drawn(seed + rank, shape, dtype) for rank in range(comm.size)]
+    extra = {
+        name: drawn(seed + 90 + i, (features,) if name in "bw" else shape, dtype)
+        for i, name in enumerate("rbw")
+    }
+    bench.tensors = {name: tensor.cuda() for name, tensor in extra.items()}
+    bench.tensors["x"] = xs[comm.rank].cuda()
+    padding = 3 if kind == "gather" and features > 3 else 0
+    width = features * comm.size - padding if kind == "gather" else features
+    for name in ("out", "sum"):
+        poisoned = torch.full((rows, width), torch.nan, dtype=DTYPES[dtype])
+        bench.tensors[name] = poisoned.cuda()
+    x, r, out_sum = (bench.operand(n, "tokens", features, dtype=dtype) for n in ("x", "r", "sum"))
+    out = bench.operand("out", "tokens", width, dtype=dtype)
+    b, w = (bench.operand(name, features, dtype=dtype) for name in "bw")
+    group = Group(comm.size, True, most)
+    what = (kind, dtype, features, most, rows)
+    if kind == "message":
+        bench.run(collectives.send(x, most), rows)
+        bench.run(collectives.receive(out, most), rows)
+        assert torch.equal(bench.tensors["out"].cpu(), xs[comm.rank - 1]), what
+        return
+    if kind == "gather":
+        bench.run(collectives.all_gather(out, x, group), rows)
+        expected = torch.cat(xs, dim=-1)[:, :width]
+        assert torch.equal(bench.tensors["out"].cpu(), expected), what
+        return
+    total = in_rank_order(xs)
+    if kind == "reduce":
+        bench.run(collectives.all_reduce(out, x, group), rows)
+        assert torch.equal(bench.tensors["out"].cpu(), total), what
+        return
+    made = collectives.all_reduce(
+        out, x, group, bias=b, residual=r, weight=w, out_sum=out_sum, eps=1e-5
+    )
+    bench.run(made, rows)
+    total = total + extra["b"] + extra["r"]
+    assert torch.equal(bench.tensors["sum"].cpu(), total), what
+    [normed] = REFERENCE["rms_norm"]([total, extra["w"]], {"eps": 1e-5}, None)
+    got, want = bench.tensors["out"].cpu().float(), normed.float()
+    assert float((got - want).norm() / want.norm()) <= TOLERANCE[dtype], what
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+def loaded(comm: Comm, name: str, dtype: str, topology: Topology, directory: Path):
+    """This rank's executable and its graph; on rank 0 also the cpu target's of one rank."""
+    config = of_dtype(MODELS[name], dtype)
+    target = CudaTarget()
+    graph = target.prepare(trace(config, topology, comm.rank))
+    weights = rank_weights(config, 3, topology, comm.rank)
+    out = compile_into(target, graph, weights, LIMITS, directory / f"rank{comm.rank}")
+    cuda = target.load(out, topology, LIMITS, comm)
+    if comm.rank != 0:
+        return config, graph, cuda, None
+    whole = CpuTarget().prepare(trace(config, Topology(), 0))
+    out = compile_into(CpuTarget(), whole, RandomWeights(config, 3), LIMITS, directory / "cpu")
+    return config, graph, cuda, CpuTarget().load(out, Topology(), LIMITS, LocalComm())
+
+
+def same_logits(comm: Comm, name: str, dtype: str, topology: Topology) -> None:
+    """The logits of one rank on the cpu, and the same bits when run again."""
+    with tempfile.TemporaryDirectory() as directory:
+        config, _, cuda, cpu = loaded(comm, name, dtype, topology, Path(directory))
+        results = []
+        for _ in range(2):
+            driver = Driver(LIMITS, config.vocab_size, seed=1, prompts=(5, 33, 70))
+            for number, batch in enumerate(steps(driver, decode_steps=4)):
+                poison(cuda)
+                result = cuda.step(batch)
+                if comm.rank == 0:
+                    results.append((number, batch, result.logits))
+        if cpu is not None:
+            half = len(results) // 2
+            for (_, batch, got), (_, _, again) in zip(results, results[half:], strict=False):
+                assert np.array_equal(got, again), (name, dtype, "another result")
+                expected = cpu.step(batch).logits
+                worst, bound = np.abs(got - expected).max(), tolerance(config, expected)
+                assert np.isfinite(got).all() and worst <= bound, (name, dtype, worst, bound)
+        cuda.close()
+
+
+def same_tokens(comm: Comm, name: str, topology: Topology) -> None:
+    """Greedy tokens in float32 of one rank on the cpu."""
+    with tempfile.TemporaryDirectory() as directory:
+        config, _, cuda, cpu = loaded(comm, name, "float32", topology, Path(directory))
+        driver = Driver(LIMITS, config.vocab_size, seed=2, prompts=(40, 7, 21))
+        chunks = [40, 7, 21]
+        for _ in range(8):
+            batch = driver.batch(chunks, SamplingParams())
+            tokens = cuda.step(batch).tokens
+            expected = None
+            if cpu is not None:
+                expected = sample(cpu.step(batch).logits, batch.sampling).tolist()
+                assert tokens.tolist() == expected, (name, topology)
+            driver.append(comm.broadcast(expected), [0, 1, 2])
+            chunks = [1, 1, 1]
+        cuda.close()
+
+
+def every_instruction(comm: Comm, name: str, dtype: str, topology: Topology) -> None:
+    """Each instruction of this rank beside the ops' meanings, whose collectives go by MPI. All
+    ranks stop at the same ones: they meet in some."""
+    config = of_dtype(MODELS[name], dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        config, graph, cuda, _ = loaded(comm, name, dtype, topology, Path(directory))
+        weights = rank_weights(config, 3, topology, comm.rank)
+        stage = comm.split(topology.stage(comm.rank))
+        for prompts in ((1, 1, 1), (19, 1, 40)):
+            batch = Driver(LIMITS, config.vocab_size, 3, prompts).batch(list(prompts))
+            sizes = {"tokens": batch.num_tokens, "rows": 3}
+            context = Context(comm, stage, sizes)
+            check_instructions(cuda, graph, weights, batch, context, dtype)
+        cuda.close()
+
+
+def one_dies(comm: Comm) -> None:
+    """Rank 1 ends in the middle of a step: rank 0 waits in a kernel, and must not for ever."""
+    with tempfile.TemporaryDirectory() as directory:
+        _, _, cuda, _ = loaded(comm, "llama", "float32", Topology(2), Path(directory))
+        driver = Driver(LIMITS, 300, seed=1, prompts=(5, 5, 5))
+        batch = driver.batch([5, 5, 5])
+        if comm.rank == 1:
+            time.sleep(1)
+            os._exit(3)
+        cuda.step(batch)
+        raise AssertionError("a step without rank 1 is not over")
+
+
+def main() -> None:
+    deed, *arguments = sys.argv[1:]
+    comm = MpiComm.world()
+    try:
+        if deed == "collectives":
+            collectives_alone(comm, int(arguments[0]))
+        elif deed == "dies":
+            one_dies(comm)
+        else:
+            layout = Topology(*map(int, arguments[0].split(",")))
+            deeds = {"logits": same_logits, "instructions": every_instruction}
+            for name in arguments[1:]:
+                started = time.monotonic()
+                if deed == "tokens":
+                    same_tokens(comm, name, layout)
+                else:
+                    # Experts are chosen anew after every rounding, so logits may differ by more.
+                    exact = deed == "logits" and MODELS[name].moe is not None
+                    for dtype in ("float32",) if exact else ("float32", "bfloat16"):
+                        deeds[deed](comm, name, dtype, layout)
+                if comm.rank == 0:
+                    print(f"{deed} {layout} {name}: {time.monotonic() - started:.1f} s", flush=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        comm.abort(1)
+
+
+if __name__ == "__main__":
+    main()
