@@ -37,8 +37,8 @@ tolerance holds. Weights in FP8 with a scale for each block of 128 x 128 (`quant
 are converted for every family, MXFP4 where the table says so; other quantized weights are refused
 by name.
 
-The target `cuda` builds all of them (`tests/parity/test_cuda_builds.py`); what of it has been executed
-is in docs/cuda.md.
+The target `cuda` builds all of them (`tests/parity/test_cuda_builds.py`); docs/cuda.md says what of
+it has been executed.
 
 | family | architecture | what is particular | parity cases | cpu | cuda |
 |---|---|---|---|---|---|
