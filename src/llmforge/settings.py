@@ -165,8 +165,8 @@ class BuildSettings:
     )
     timing_cache: str | None = _option(
         None,
-        "File in which TensorRT keeps what it measured of kernels from build to build. "
-        "Default: one in ~/.cache/llmforge for each version and GPU.",
+        "File in which TensorRT keeps what it measured of kernels from build to build; TensorRT 8 "
+        "cannot. Default: one in ~/.cache/llmforge for each version.",
         metavar="FILE",
         targets=("tensorrt",),
     )

@@ -62,19 +62,9 @@ class Module:
         self._shown = tensorrt_rtx if version is None else published.Module(version)
         self.api = None if version is None else self._shown.api
         self.__version__ = str(self._shown.__version__)
-        module = self
 
-        streams = hasattr(self._shown.Builder, "build_serialized_network_to_stream")
-
-        class Builder(StreamingBuilder if streams else EmulatedBuilder):  # type: ignore[misc]
-            def __init__(self, logger: Any) -> None:
-                super().__init__(module, logger)
-
-        class Runtime(EmulatedRuntime):
-            def __init__(self, logger: Any) -> None:
-                super().__init__(module, logger)
-
-        self.Builder, self.Runtime = Builder, Runtime
+        self.Builder = _Constructor(self, EmulatedBuilder, self._shown.Builder)
+        self.Runtime = _Constructor(self, EmulatedRuntime, self._shown.Runtime)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shown, name)
@@ -83,7 +73,22 @@ class Module:
         return value if self.api is None else published.shown(self.api, value)
 
 
+class _Constructor:
+    """An emulated class of a module: called, and asked for what it has."""
+
+    def __init__(self, module: Module, emulated: type, published: Any) -> None:
+        self._module, self._emulated, self._published = module, emulated, published
+
+    def __call__(self, logger: Any) -> Any:
+        return self._module.show(self._emulated(self._module, logger))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._published, name)
+
+
 class EmulatedBuilder:
+    published_as = "Builder"
+
     def __init__(self, module: Module, logger: Any) -> None:
         self._module = module
         self._real = tensorrt_rtx.Builder(logger)
@@ -107,8 +112,6 @@ class EmulatedBuilder:
         blueprint = Blueprint(self._module.__version__, program, tuple(config.profiles))
         return HostMemory(MAGIC + pickle.dumps(blueprint))
 
-
-class StreamingBuilder(EmulatedBuilder):
     def build_serialized_network_to_stream(self, network: Any, config: Any, writer: Any) -> bool:
         data = self.build_serialized_network(network, config)
         for start in range(0, len(data), 1 << 16):
@@ -120,6 +123,8 @@ class StreamingBuilder(EmulatedBuilder):
 
 class EmulatedProfile:
     """Shapes by input."""
+
+    published_as = "IOptimizationProfile"
 
     def __init__(self) -> None:
         self.shapes: dict[str, Shapes] = {}
@@ -135,9 +140,20 @@ class EmulatedConfig:
         object.__setattr__(self, "_real", real)
         object.__setattr__(self, "profiles", [])
 
-    def add_optimization_profile(self, profile: EmulatedProfile) -> int:
-        self.profiles.append(profile.shapes)
+    def add_optimization_profile(self, profile: Any) -> int:
+        self.profiles.append(published.bare(profile).shapes)
         return len(self.profiles) - 1
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> EmulatedTimingCache:
+        return EmulatedTimingCache(bytes(serialized_timing_cache))
+
+    def set_timing_cache(self, cache: EmulatedTimingCache, ignore_mismatch: bool) -> bool:
+        """False for what is no timing cache, or is another version's."""
+        object.__setattr__(self, "_cache", cache)
+        return cache.data in (b"", EmulatedTimingCache.MAGIC)
+
+    def get_timing_cache(self) -> EmulatedTimingCache:
+        return EmulatedTimingCache(EmulatedTimingCache.MAGIC)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -146,7 +162,19 @@ class EmulatedConfig:
         setattr(self._real, name, value)
 
 
+class EmulatedTimingCache:
+    MAGIC = b"EMULATED TIMINGS\n"
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def serialize(self) -> bytes:
+        return self.data
+
+
 class EmulatedRuntime:
+    published_as = "Runtime"
+
     def __init__(self, module: Module, logger: Any) -> None:
         self._module = module
         self._logger = logger
@@ -170,6 +198,7 @@ class EmulatedRuntime:
 
 
 class EmulatedEngine:
+    published_as = "ICudaEngine"
     device_memory_size = device_memory_size_v2 = ACTIVATION_BYTES
 
     def __init__(self, machine: Machine, blueprint: Blueprint) -> None:
@@ -203,6 +232,8 @@ class EmulatedEngine:
 
 class EmulatedContext:
     """Shapes and addresses for one call at a time. Once a call is captured its shapes stay."""
+
+    published_as = "IExecutionContext"
 
     def __init__(self, engine: EmulatedEngine, *, owns_memory: bool) -> None:
         self.engine = engine

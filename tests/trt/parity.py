@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ import tensorrt_rtx
 import torch
 from network_rank import NetworkRank, call_inputs
 from network_reader import Program, read
-from published import bare
 from thread_comm import run_ranks
 from tiny_models import ONE, MemoryCheckpoint, Reference, batch_of
 
@@ -23,6 +21,7 @@ from llmforge.engine.tensorrt.lowering.rank import RankLowering
 from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.plan import RankPlan
 from llmforge.model.decoder import trace
+from llmforge.model.passes import Pass, apply
 from llmforge.parallel import Topology
 from llmforge.runtime.verify import logit_tolerance
 
@@ -56,16 +55,18 @@ def lower(
     *,
     primitives: bool,
     topology: Topology = ONE,
-    package: Callable[[], Package] = lambda: Package("tensorrt-rtx", tensorrt_rtx),
+    passes: tuple[Pass, ...] = (),
 ) -> list[Lowered]:
-    """Every rank's networks."""
+    """Every rank's networks. The target lowers graphs as they are traced; `passes` are applied
+    first where rows are to be seen that it has besides."""
     lowered = []
     for rank in range(topology.world_size):
-        graph = trace(checkpoint.config, topology, rank)
+        graph = apply(trace(checkpoint.config, topology, rank), passes)
         weights = checkpoint.of_rank(topology, rank)
-        lowering = RankLowering(graph, LIMITS, weights, package(), primitives=primitives)
+        package = Package("tensorrt-rtx", tensorrt_rtx)
+        lowering = RankLowering(graph, LIMITS, weights, package, primitives=primitives)
         programs = {
-            engine.step.file: read(bare(engine.network.network), tensorrt_rtx)
+            engine.step.file: read(engine.network.network, tensorrt_rtx)
             for engine in lowering.engines()
         }
         lowered.append(Lowered(lowering.plan((), ""), programs))

@@ -165,8 +165,11 @@ def _is_foreign(value: Any) -> bool:
 
 
 def shown(api: Api, value: Any) -> Any:
-    """A TensorRT object as the version shows it; anything else as it is."""
+    """A TensorRT object, or the emulation of one (which says what it is `published_as`), as the
+    version shows it; anything else as it is."""
     cls = type(value)
+    if name := getattr(cls, "published_as", None):
+        return Shown(api, value, name)
     module = cls.__module__ or ""
     if module.startswith("tensorrt_rtx") and not hasattr(cls, "__members__"):
         if cls.__name__ in ("Dims", "Permutation", "Weights"):

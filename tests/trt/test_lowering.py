@@ -10,6 +10,10 @@ from parity import Difference, compare, lower, network_logits, reference_logits
 from tiny_models import NAMES, ONE, MemoryCheckpoint, config_of
 
 from llmforge.checkpoint.config import ModelConfig
+from llmforge.engine.tensorrt.lowering import TABLE
+from llmforge.model.decoder import trace
+from llmforge.model.ops import OPS
+from llmforge.model.passes import apply, fuse_add_norm, merge_linears
 from llmforge.parallel import Topology
 
 COLUMNS = {"native": False, "primitives": True}
@@ -57,6 +61,27 @@ def test_two_tensor_parallel_ranks_give_them_with_their_collectives_joined(name:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "phi3-longrope", "gpt2"])
 def test_pipeline_stages_give_them(name: str) -> None:
     check(differences(name, topology=Topology(1, 2)))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "glm"])
+def test_rows_of_what_passes_make(name: str) -> None:
+    """split and add_rms_norm, which graphs have once linears are merged and norms fused."""
+    config = config_of(name)
+    checkpoint = MemoryCheckpoint(config)
+    lowered = lower(checkpoint, primitives=False, passes=(merge_linears, fuse_add_norm))
+    got = network_logits(config, lowered)
+    assert compare(config, got, reference_logits(checkpoint)).within
+
+
+def test_every_row_is_interpreted() -> None:
+    graphs = [
+        apply(trace(config_of(name), topology, 0), passes)
+        for name in NAMES
+        for topology in (ONE, Topology(2, 1))
+        for passes in ((), (merge_linears, fuse_add_norm))
+    ]
+    seen = {node.op for graph in graphs for node in graph.nodes}
+    assert seen | {"send", "recv"} == set(TABLE) == set(OPS)
 
 
 @pytest.mark.parametrize("name", ["mixture", "mixture-of-groups", "latent-mixture"])

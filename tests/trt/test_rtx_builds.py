@@ -44,7 +44,7 @@ def built(
 
 # Of each family of networks one: between them every row of the lowering table is built.
 NAMES = (
-    "gemma2", "bloom", "phi3-longrope", "llama-dynamic", "olmo2", "gpt2",
+    "gemma2", "bloom", "phi3-longrope", "llama-dynamic", "olmo2",
     "mixture-of-groups", "mixture-clamped-sinks", "latent-mixture",
 )  # fmt: skip
 

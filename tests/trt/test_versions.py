@@ -9,6 +9,7 @@ import pytest
 from emulated_target import Rig
 from published import VERSIONS, Module, NotPublished, WrongCall
 from test_emulated_serving import LIMITS, by_cpu, requests_of
+from test_emulation import Rig as EmulatedEngineRig
 from tiny_models import ONE, MemoryCheckpoint, config_of
 
 from llmforge.errors import BuildError
@@ -74,3 +75,14 @@ def test_the_record_refuses_what_a_version_does_not_have() -> None:
         network.add_topk(x, tensorrt_rtx.TopKOperation.MAX, 1, 2, tensorrt_rtx.int64)
     with pytest.raises(NotPublished, match="metadata_"):
         network.add_identity(x).metadata_ = "x"
+
+
+def test_emulated_engines_have_what_the_version_publishes() -> None:
+    rig = EmulatedEngineRig("11.1")
+    assert rig.engine.device_memory_size_v2 and rig.context().execute_async_v3
+    for name in ("device_memory_size", "create_execution_context_without_device_memory"):
+        assert not hasattr(rig.engine, name), f"11.1 publishes no {name}"
+    with pytest.raises(WrongCall):
+        rig.engine.create_execution_context(1, 2)
+    with pytest.raises(NotPublished):
+        rig.context().set_shapes = 1

@@ -36,7 +36,7 @@ _PLAIN = ModelConfig(
     dtype="float32",
     vocab_size=VOCABULARY,
     hidden_size=48,
-    num_layers=3,
+    num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=12,
@@ -44,7 +44,7 @@ _PLAIN = ModelConfig(
     max_position=64,
     norm_eps=1e-5,
     rope=RopeConfig(1e4, 12),
-    sliding_window=(None,) * 3,
+    sliding_window=(None,) * 2,
 )
 _LATENT: dict[str, Any] = {"num_kv_heads": 1, "rope": RopeConfig(1e4, 4)}
 OWN = {
@@ -59,7 +59,7 @@ OWN = {
     ),
     "mixture-clamped-sinks": replace(
         _PLAIN,
-        sliding_window=(6, None, 6),
+        sliding_window=(6, None),
         qkv_clamp=0.5,
         attention_sinks=True,
         attention_output_bias=True,

@@ -22,6 +22,8 @@ from llmforge.kernels.launch import (
     TensorMap,
 )
 
+_HANDLE_BYTES = 64
+
 
 class DriverError(TargetError):
     """A call of the CUDA driver failed."""
@@ -36,6 +38,25 @@ def check(result: Any) -> Any:
             "another GPU: build the engine again on this machine, or with its --arch"
         )
     return values[0] if values else None
+
+
+def shared_handle(address: int) -> bytes:
+    """The CUDA IPC handle of an allocation, as bytes that can be sent to another process."""
+    from cuda.bindings import driver
+
+    handle = check(driver.cuIpcGetMemHandle(address))
+    return ctypes.string_at(int(handle.getPtr()), _HANDLE_BYTES)
+
+
+def open_handle(handle: bytes) -> int:
+    """The address here of the allocation that another process on this machine shares."""
+    from cuda.bindings import driver
+
+    # Its only field has not had the same name in all versions of the bindings.
+    opened = driver.CUipcMemHandle()
+    ctypes.memmove(int(opened.getPtr()), handle, _HANDLE_BYTES)
+    flag = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+    return int(check(driver.cuIpcOpenMemHandle(opened, int(flag))))
 
 
 class Sizes:

@@ -18,7 +18,7 @@ import numpy as np
 from llmforge.comm import Comm
 from llmforge.errors import TargetError
 from llmforge.kernels.collectives import GROUP, HEADER_BYTES, MAIL
-from llmforge.kernels.driver import check
+from llmforge.kernels.driver import check, open_handle, shared_handle
 from llmforge.parallel import Topology
 
 _ALIGNMENT = 256
@@ -70,13 +70,10 @@ class DriverMemory:
         check(self._driver.cuCtxSynchronize())
 
     def share(self, address: int) -> bytes:
-        return bytes(check(self._driver.cuIpcGetMemHandle(address)).reserved)
+        return shared_handle(address)
 
     def open_shared(self, handle: bytes) -> int:
-        opened = self._driver.CUipcMemHandle()
-        opened.reserved = handle
-        flag = self._driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-        return int(check(self._driver.cuIpcOpenMemHandle(opened, int(flag))))
+        return open_handle(handle)
 
     def close_shared(self, address: int) -> None:
         check(self._driver.cuIpcCloseMemHandle(address))

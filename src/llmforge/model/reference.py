@@ -1,64 +1,42 @@
 """What every op means, in plain torch. The cpu target executes these; other targets are
 compared with them.
 
-Norms, rotations and softmax compute in float32 and round once to the dtype of their input, except
-where a comment says otherwise.
+The collectives are in collectives.py. Norms, rotations and softmax compute in float32 and round
+once to the dtype of their input, except where a comment says otherwise.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from llmforge.checkpoint.config import RopeConfig
-from llmforge.comm import Comm, LocalComm
+from llmforge.model.collectives import all_gather, all_reduce, recv, send
+from llmforge.model.meaning import DTYPES, LOCAL, REFERENCE, Context, Meaning, meaning
+
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
+    "LOCAL",
+    "REFERENCE",
+    "Context",
+    "Meaning",
+    "all_gather",
+    "all_reduce",
+    "choose_experts",
+    "expert_activation",
+    "recv",
+    "send",
+]
 
 Tensor = torch.Tensor
-DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int32")}
 
 
-@dataclass(frozen=True)
-class Context:
-    """What collectives need besides their inputs: the whole engine's ranks, those of this
-    tensor-parallel group, and the step's sizes of symbolic dimensions."""
-
-    world: Comm
-    tensor_group: Comm
-    sizes: Mapping[str, int]
-
-
-LOCAL = Context(LocalComm(), LocalComm(), {})
-
-Meaning = Callable[[Sequence[Any], Mapping[str, Any], Context], tuple[Tensor, ...]]
-REFERENCE: dict[str, Meaning] = {}
-
-
-def _meaning(
-    name: str, *, collective: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function of (inputs..., *, attributes...); a collective's first argument is
-    the context."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(
-            inputs: Sequence[Any], attrs: Mapping[str, Any], context: Context
-        ) -> tuple[Tensor, ...]:
-            first = (context,) if collective else ()
-            result = function(*first, *inputs, **attrs)
-            return result if isinstance(result, tuple) else (result,)
-
-        REFERENCE[name] = call
-        return function
-
-    return register
-
-
-@_meaning("embed")
+@meaning("embed")
 def embed(ids: Tensor, weight: Tensor, *, start: int) -> Tensor:
     local = ids.long() - start
     held = (local >= 0) & (local < weight.shape[0])
@@ -66,17 +44,17 @@ def embed(ids: Tensor, weight: Tensor, *, start: int) -> Tensor:
     return rows * held[:, None].to(rows.dtype)
 
 
-@_meaning("linear")
+@meaning("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-@_meaning("split")
+@meaning("split")
 def split(x: Tensor, *, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(x.split(list(sizes), dim=-1))
 
 
-@_meaning("rms_norm")
+@meaning("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     runs: Tensor = x.float().unflatten(-1, (-1, weight.shape[0]))
     normed = runs * torch.rsqrt(runs.square().mean(-1, keepdim=True) + eps)
@@ -84,7 +62,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return (normed.to(x.dtype) * weight).flatten(-2)
 
 
-@_meaning("layer_norm")
+@meaning("layer_norm")
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, run: int) -> Tensor:
     normed: Tensor = F.layer_norm(x.float().unflatten(-1, (-1, run)), (run,), eps=eps)
     scaled = normed * weight.float().view(-1, run)
@@ -92,33 +70,33 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, ru
     return shifted.flatten(-2).to(x.dtype)
 
 
-@_meaning("square_sum")
+@meaning("square_sum")
 def square_sum(x: Tensor) -> Tensor:
     return x.float().square().sum(-1, keepdim=True)
 
 
-@_meaning("rms_norm_by")
+@meaning("rms_norm_by")
 def rms_norm_by(x: Tensor, square_sum: Tensor, weight: Tensor, *, eps: float, size: int) -> Tensor:
     normed = x.float() * torch.rsqrt(square_sum / size + eps)
     return normed.to(x.dtype) * weight
 
 
-@_meaning("scale")
+@meaning("scale")
 def scale(x: Tensor, *, factor: float) -> Tensor:
     return x * factor
 
 
-@_meaning("soft_cap")
+@meaning("soft_cap")
 def soft_cap(x: Tensor, *, cap: float) -> Tensor:
     return (torch.tanh(x.float() / cap) * cap).to(x.dtype)
 
 
-@_meaning("add")
+@meaning("add")
 def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-@_meaning("add_rms_norm")
+@meaning("add_rms_norm")
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +104,7 @@ def add_rms_norm(
     return total, rms_norm(total, weight, eps=eps)
 
 
-@_meaning("rope_table")
+@meaning("rope_table")
 def rope_table(
     positions: Tensor, query_starts: Tensor, prompt_lens: Tensor, *, rope: Mapping[str, Any]
 ) -> Tensor:
@@ -143,7 +121,7 @@ def rope_table(
     return torch.cat((angles.cos(), angles.sin()), dim=-1) * config.attention_factor
 
 
-@_meaning("rope")
+@meaning("rope")
 def rope(x: Tensor, table: Tensor, *, head_dim: int) -> Tensor:
     dim = table.shape[-1]
     heads = x.float().unflatten(-1, (-1, head_dim))
@@ -196,14 +174,14 @@ def _attend(
     return torch.cat(outputs)
 
 
-@_meaning("attention")
+@meaning("attention")
 def attention(*inputs: Tensor, head_dim: int, scale: float, window: int | None) -> Tensor:
     q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in inputs[:3])
     caches, step = inputs[3:5], inputs[5:]
     return _attend(q, (k, v), caches, step, window, lambda p, _: p * scale).flatten(-2)
 
 
-@_meaning("scored_attention")
+@meaning("scored_attention")
 def scored_attention(
     *inputs: Tensor,
     head_dim: int,
@@ -225,7 +203,7 @@ def scored_attention(
     return _attend(q, (k, v), caches, step, window, score, sinks).flatten(-2)
 
 
-@_meaning("latent_attention")
+@meaning("latent_attention")
 def latent_attention(
     q: Tensor,
     q_rope: Tensor,
@@ -242,14 +220,14 @@ def latent_attention(
     return out[..., :rank].flatten(-2)
 
 
-@_meaning("head_linear")
+@meaning("head_linear")
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     heads, _, in_features = weight.shape
     rows = x.unflatten(-1, (heads, in_features)).transpose(0, 1)
     return torch.bmm(rows, weight.transpose(1, 2)).transpose(0, 1).flatten(-2)
 
 
-@_meaning("clamp")
+@meaning("clamp")
 def clamp(x: Tensor, *, limit: float) -> Tensor:
     return x.clamp(-limit, limit)
 
@@ -271,17 +249,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@_meaning("activation")
+@meaning("activation")
 def activation(x: Tensor, *, activation: str) -> Tensor:
     return ACTIVATIONS[activation](x)
 
 
-@_meaning("gated_activation")
+@meaning("gated_activation")
 def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
-@_meaning("route")
+@meaning("route")
 def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, **attrs: Any
 ) -> tuple[Tensor, Tensor]:
@@ -317,7 +295,7 @@ def choose_experts(
     return ids.int(), weights * scale
 
 
-@_meaning("experts")
+@meaning("experts")
 def experts(
     x: Tensor,
     ids: Tensor,
@@ -354,75 +332,12 @@ def expert_activation(both: Tensor, activation: str, alpha: float, limit: float 
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
-@_meaning("token_gate")
+@meaning("token_gate")
 def token_gate(x: Tensor, by: Tensor, weight: Tensor) -> Tensor:
     factor = F.linear(by.float(), weight.float()).sigmoid()
     return (x.float() * factor).to(x.dtype)
 
 
-@_meaning("select_rows")
+@meaning("select_rows")
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows.long()]
-
-
-# -- collectives: sums and orders are fixed, so a result does not depend on timing ---------------
-
-
-def _bytes(x: Tensor) -> Any:
-    return x.contiguous().view(torch.uint8).numpy()
-
-
-# Up to this many bytes one exchange of everything is faster than two of a share each.
-_ONE_EXCHANGE_BYTES = 1 << 16
-
-
-@_meaning("all_reduce", collective=True)
-def all_reduce(context: Context, x: Tensor, *, ranks: int) -> Tensor:
-    """Summed in rank order, one precision up, rounded once: a float32 sum over any number of
-    ranks is then as exact as float32 can hold."""
-    comm = context.tensor_group
-    assert comm.size == ranks, "the group is not the graph's"
-    if comm.size <= 2 or x.nbytes <= _ONE_EXCHANGE_BYTES:
-        parts = torch.empty((comm.size, *x.shape), dtype=x.dtype)
-        comm.all_gather(_bytes(x), parts.view(torch.uint8).numpy())
-        return _rank_order_sum(parts)
-    # Each rank sums one run of the elements for all (a reduce-scatter), then they are gathered.
-    flat = x.reshape(-1)
-    padded = F.pad(flat, (0, -len(flat) % comm.size)).view(comm.size, -1)
-    mine = torch.empty_like(padded)
-    comm.all_to_all(_bytes(padded), mine.view(torch.uint8).numpy())
-    result = torch.empty_like(padded)
-    comm.all_gather(_bytes(_rank_order_sum(mine)), result.view(torch.uint8).numpy())
-    return result.view(-1)[: len(flat)].view(x.shape)
-
-
-def _rank_order_sum(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, in its order."""
-    wide = torch.float64 if parts.dtype == torch.float32 else torch.float32
-    total = parts[0].to(wide)
-    for part in parts[1:]:
-        total += part
-    return total.to(parts.dtype)
-
-
-@_meaning("all_gather", collective=True)
-def all_gather(context: Context, x: Tensor, *, size: int, ranks: int) -> Tensor:
-    comm = context.tensor_group
-    assert comm.size == ranks, "the group is not the graph's"
-    parts = torch.empty((comm.size, *x.shape), dtype=x.dtype)
-    comm.all_gather(_bytes(x), parts.view(torch.uint8).numpy())
-    return torch.cat(tuple(parts), dim=-1)[..., :size]
-
-
-@_meaning("send", collective=True)
-def send(context: Context, x: Tensor, *, to: int) -> tuple[Tensor, ...]:
-    context.world.send(_bytes(x), to)
-    return ()
-
-
-@_meaning("recv", collective=True)
-def recv(context: Context, *, source: int, shape: Sequence[int | str], dtype: str) -> Tensor:
-    sizes = [context.sizes[d] if isinstance(d, str) else d for d in shape]
-    x = torch.empty(sizes, dtype=DTYPES[dtype])
-    context.world.receive(x.view(torch.uint8).numpy(), source)
-    return x

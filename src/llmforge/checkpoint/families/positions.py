@@ -146,11 +146,11 @@ def _read_bloom(family: Family, fields: Fields) -> ModelConfig:
         fields,
         embedding_norm=True,
         intermediate_size=4 * fields.integer("hidden_size"),
-        alibi_slopes=_slopes(fields.integer("num_attention_heads")),
+        alibi_slopes=alibi_slopes(fields.integer("num_attention_heads")),
     )
 
 
-def _slopes(heads: int) -> tuple[float, ...]:
+def alibi_slopes(heads: int) -> tuple[float, ...]:
     """Evenly spread powers of two down to 2**-8; where there is no whole power of two of heads,
     those of the next lower one, then every other one of the next higher
     (https://arxiv.org/abs/2108.12409 and its code)."""

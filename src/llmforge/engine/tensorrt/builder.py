@@ -173,8 +173,7 @@ def _load_timing_cache(package: Package, config: Any, path: Path | None) -> Any:
     except OSError:
         blob = b""
     cache = config.create_timing_cache(blob)
-    # TensorRT 8.6 may accept a cache and log that it could not read all of it.
-    if not config.set_timing_cache(cache, False) or package.messages.errors:
+    if not config.set_timing_cache(cache, False):
         package.messages.errors.clear()
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmforge.errors import TargetError
-from llmforge.kernels.driver import BoundLaunch, Module, Sizes, check
+from llmforge.kernels.driver import BoundLaunch, Module, Sizes, check, open_handle, shared_handle
 from llmforge.kernels.launch import Launch
 
 Bytes = NDArray[np.uint8]
@@ -216,15 +216,10 @@ class CudaDevice:
         return call
 
     def share(self, address: int) -> bytes:
-        handle = check(self._driver.cuIpcGetMemHandle(address))
-        return bytes(handle.reserved)
+        return shared_handle(address)
 
     def open_shared(self, handle: bytes) -> int:
-        driver = self._driver
-        opened = driver.CUipcMemHandle()
-        opened.reserved = handle
-        flag = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-        address = int(check(driver.cuIpcOpenMemHandle(opened, int(flag))))
+        address = open_handle(handle)
         self._shared.add(address)
         return address
 

@@ -3,6 +3,8 @@
 An exchange (a collective that no engine does itself, send, recv) has a level: how many rounds of
 exchanges lie before it. A node runs in the earliest round in which its inputs are there, so ranks
 meet as seldom as possible, and exchanges keep the graph's order, which is the same on all ranks.
+
+Where an engine may have so many layers only, what lies in one round is cut further, between layers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from llmforge.model.graph import Graph, Node
 
 # Computed anew in each segment that reads them: they depend on the step's inputs alone.
 _REPEATED = ("rope_table",)
+_ATTENTION = ("attention", "scored_attention", "latent_attention")  # one a layer
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,42 @@ class Segment:
     outputs: tuple[str, ...]
 
 
-def cut(graph: Graph, is_exchange: Callable[[Node], bool]) -> list[Segment | Node]:
-    """Segments and exchanges in the order in which they run."""
+def cut(
+    graph: Graph, is_exchange: Callable[[Node], bool], layers: int | None = None
+) -> list[Segment | Node]:
+    """Segments and exchanges in the order in which they run. `layers`: the most layers of a
+    segment; None: any number."""
     rounds = _levels(graph, is_exchange)
     plan: list[Segment | Node] = []
     last = max(rounds.values(), default=0)
     for level in range(-1, last + 1):
-        nodes = tuple(n for n in graph.nodes if rounds.get(id(n)) == level and not is_exchange(n))
-        if nodes:
-            plan.append(_segment(graph, nodes))
+        nodes = [n for n in graph.nodes if rounds.get(id(n)) == level and not is_exchange(n)]
+        plan += [_segment(graph, tuple(part)) for part in _between_layers(graph, nodes, layers)]
         plan += [n for n in graph.nodes if rounds.get(id(n)) == level and is_exchange(n)]
     return plan
+
+
+def _between_layers(graph: Graph, nodes: list[Node], layers: int | None) -> list[list[Node]]:
+    """The nodes cut where fewest features cross, so that no part has more than `layers`."""
+    if not nodes:
+        return []
+    attention = [i for i, node in enumerate(nodes) if node.op in _ATTENTION]
+    if layers is None or len(attention) <= layers:
+        return [nodes]
+    made = {name: i for i, n in enumerate(nodes) if not _repeats(n) for name in n.outputs}
+    last = {name: i for i, n in enumerate(nodes) for name in n.inputs}
+
+    def crossing(at: int) -> int:
+        """The features that a cut before node `at` has to hand on."""
+        names = (name for name, i in made.items() if i < at <= last.get(name, -1))
+        return sum(int(graph.tensors[name].shape[-1]) for name in names)
+
+    starts = [0]
+    for last_of_part, next_layer in zip(
+        attention[layers - 1 :: layers], attention[layers::layers], strict=False
+    ):
+        starts.append(min(range(last_of_part + 1, next_layer + 1), key=crossing))
+    return [nodes[a:b] for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
 
 
 def _levels(graph: Graph, is_exchange: Callable[[Node], bool]) -> dict[int, int]:

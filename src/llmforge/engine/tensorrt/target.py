@@ -9,6 +9,8 @@ tensorrt builds on the kind of GPU that will run the engine.
 from __future__ import annotations
 
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.engine.tensorrt import package as packages
 from llmforge.engine.tensorrt.builder import BuildOptions, build_engine, timing_cache_path
 from llmforge.engine.tensorrt.io import DECODE, PREFILL, profiles
-from llmforge.engine.tensorrt.lowering.rank import RankLowering, model_dtype
+from llmforge.engine.tensorrt.lowering.rank import Engine, RankLowering, model_dtype
 from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.plan import GRAPH_FILE, KERNELS, PLAN_FILE, RankPlan
-from llmforge.errors import BuildError
+from llmforge.errors import BuildError, SettingsError, TargetError
 from llmforge.kernels import compile as compiler
 from llmforge.kernels.images import ARCHS, PTX_ARCH, Index, write_images
 from llmforge.model.graph import Graph
@@ -56,11 +58,19 @@ class TensorRTTarget:
         return compiler.unavailable()
 
     def configured(self, settings: BuildSettings) -> TensorRTTarget:
+        """Raises TargetError where the package builds only on a GPU and there is none."""
         package = self._package()
         package.check_archs(settings.arch)
+        if not package.known_archs():
+            _gpu_name()
         cache = settings.timing_cache
+        if cache and not package.features.timing_cache:
+            raise SettingsError(
+                f"{package.name} {package.version} has no timing cache that works; "
+                "leave out --timing-cache"
+            )
         options = BuildOptions(
-            archs=settings.arch or package.default_archs(),
+            archs=settings.arch or _default_archs(package),
             workspace_gb=settings.workspace_gb,
             optimization_level=settings.optimization_level,
             primitives=settings.primitives,
@@ -119,18 +129,28 @@ class TensorRTTarget:
         dtype = model_dtype(graph)
         checksums: dict[str, tuple[int, str]] = {}
         count = lowering.num_engines
-        for engine in lowering.engines():
-            done = len(checksums)
-            checksums[engine.step.file] = build_engine(
+
+        def build(engine: Engine) -> None:
+            """Several at a time only where there is no progress monitor to share."""
+            file = engine.step.file
+            checksums[file] = build_engine(
                 package,
                 engine,
                 profiles(limits),
                 options,
                 dtype,
-                out / engine.step.file,
+                out / file,
                 weights,
-                lambda share, done=done: weights.report((done + share) / count),  # type: ignore[misc]
+                lambda share: weights.report((len(checksums) + share) / count),
             )
+            weights.report(len(checksums) / count)
+
+        if package.features.layers_per_engine is None:
+            for engine in lowering.engines():
+                build(engine)
+        else:
+            with ThreadPoolExecutor(min(count, len(os.sched_getaffinity(0)))) as pool:
+                list(pool.map(build, lowering.engines()))
         plan = lowering.plan(options.archs, "" if options.archs else _gpu_name())
         plan = dataclasses.replace(plan, kernels=_write_kernels(plan, out))
         (out / PLAN_FILE).write_text(plan.to_json())
@@ -188,7 +208,31 @@ def _query_size(graph: Graph, inputs: tuple[str, ...]) -> int:
     return size if kv_heads * size == latent else int(latent)
 
 
+def _default_archs(package: Package) -> tuple[str, ...]:
+    """This machine's GPU, if the package can build for it, else all that it builds for by
+    itself."""
+    known = package.known_archs()
+    try:
+        local = _gpu_arch() if known else ""
+    except TargetError:
+        local = ""
+    return (local,) if local in known else package.default_archs()
+
+
+def _gpu_arch() -> str:
+    """The architecture of this machine's first GPU. Raises TargetError where there is none."""
+    from llmforge.engine.tensorrt.device import CudaDevice
+
+    device = CudaDevice()
+    try:
+        major, minor = device.capability
+        return f"sm_{major}{minor}"
+    finally:
+        device.close()
+
+
 def _gpu_name() -> str:
+    """The kind of this machine's first GPU. Raises TargetError where there is none."""
     from llmforge.engine.tensorrt.device import CudaDevice
 
     device = CudaDevice()

@@ -42,7 +42,7 @@ class RankLowering:
         self.weights = weights
         self.package = package
         self.primitives = primitives
-        self.parts = cut(graph, self._by_runtime)
+        self.parts = cut(graph, self._by_runtime, package.features.layers_per_engine)
         self._steps: list[Step] = []
         self._caches: list[CachePlan] = []
         self._inputs: dict[str, None] = {}
