@@ -3,15 +3,34 @@ python docs/make_families.py"""
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests/parity"))
 
-from models import CASES  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from models import CASES, Case  # noqa: E402
+from references import REFERENCES, Reference  # noqa: E402
 
-from llmforge.checkpoint.families import FAMILIES  # noqa: E402
+from llmforge.checkpoint.config import ModelConfig  # noqa: E402
+from llmforge.checkpoint.families import FAMILIES, read_config  # noqa: E402
+from llmforge.engine.cuda.target import PTX_ARCH, CudaTarget, programs  # noqa: E402
+from llmforge.engine.step import Limits  # noqa: E402
+from llmforge.engine.tensorrt.lowering.rank import RankLowering  # noqa: E402
+from llmforge.engine.tensorrt.package import Package  # noqa: E402
+from llmforge.engine.tensorrt.target import TensorRTTarget  # noqa: E402
+from llmforge.errors import LlmforgeError  # noqa: E402
+from llmforge.model.decoder import trace  # noqa: E402
+from llmforge.model.graph import Parameter  # noqa: E402
+from llmforge.parallel import Topology  # noqa: E402
+from llmforge.safetensors_io import NUMPY_DTYPES  # noqa: E402
 
 OUTPUT = ROOT / "docs/families.md"
 HEAD = """\
@@ -37,23 +56,90 @@ tolerance holds. Weights in FP8 with a scale for each block of 128 x 128 (`quant
 are converted for every family, MXFP4 where the table says so; other quantized weights are refused
 by name.
 
-| family | architecture | what is particular | parity cases | cpu |
-|---|---|---|---|---|
+The columns of targets say whether each lowers the cases' models on one rank, found by lowering them
+(cuda to kernels; tensorrt to networks of TensorRT-RTX, of native layers and of primitives). Cases
+in *italics* are of families whose code is not in transformers but beside their weights, where it
+is never executed: they are compared with plain torch, written from the public definition
+(`tests/parity/references.py`), also on two tensor-parallel ranks and two pipeline stages.
+
+| family | architecture | what is particular | parity cases | cpu | cuda | tensorrt |
+|---|---|---|---|---|---|---|
 """
+LIMITS = Limits(2, 32, 16, 32, 2)
 
 
+class _Zeros:
+    """Weights for a target that only lowers."""
+
+    def read(self, parameter: Parameter) -> Any:
+        return np.zeros(parameter.sizes, NUMPY_DTYPES[parameter.dtype])
+
+    map = read
+
+    def release(self) -> None:
+        pass
+
+    def report(self, fraction: float) -> None:
+        pass
+
+
+def _config_of(case: Case | Reference) -> ModelConfig:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "config.json"
+        if isinstance(case, Reference):
+            path.write_text(json.dumps({"dtype": "float16", **case.config}))
+        else:
+            model = case.build(torch.float16)
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(path.parent)
+        return read_config(path)[1]
+
+
+def _cuda(config: ModelConfig) -> None:
+    programs(CudaTarget().prepare(trace(config, Topology(), 0)), LIMITS, PTX_ARCH)
+
+
+def _tensorrt(config: ModelConfig) -> None:
+    package = Package.load("tensorrt-rtx")
+    graph = TensorRTTarget("tensorrt-rtx", package=package).prepare(trace(config, Topology(), 0))
+    for primitives in (False, True):
+        for _ in RankLowering(graph, LIMITS, _Zeros(), package, primitives=primitives).engines():
+            pass
+
+
+def _cell(cases: list[tuple[str, ModelConfig]], lower: Callable[[ModelConfig], None]) -> str:
+    """yes, or the reasons for which the target refuses cases."""
+    reasons: dict[str, list[str]] = {}
+    for name, config in cases:
+        try:
+            lower(config)
+        except LlmforgeError as error:
+            reasons.setdefault(str(error), []).append(name)
+    told = [
+        f"no: {reason}" if len(names) == len(cases) else f"not {', '.join(names)}: {reason}"
+        for reason, names in reasons.items()
+    ]
+    return "; ".join(told) or "yes"
+
+
+@functools.cache
 def table() -> str:
     """The whole file."""
     rows = []
+    every: list[Case | Reference] = [*CASES, *REFERENCES]
     for family in FAMILIES:
-        cases = [case.name for case in CASES if case.model_type in family.model_types]
+        cases = [case for case in every if case.model_type in family.model_types]
         assert cases, f"{family.name} has no case in the parity suite"
+        configs = [(case.name, _config_of(case)) for case in cases]
+        names = (f"*{c.name}*" if isinstance(c, Reference) else c.name for c in cases)
         cells = (
             family.name,
             f"`{family.architectures[0]}`",
             family.features,
-            ", ".join(cases),
+            ", ".join(names),
             "yes",
+            _cell(configs, _cuda),
+            _cell(configs, _tensorrt),
         )
         rows.append(f"| {' | '.join(cells)} |\n")
     return HEAD + "".join(rows)

@@ -142,9 +142,16 @@ def builds() -> str:
         _build("8B", estimate, f"{estimate['seconds']} s")
         + "\n\nThe last row is an estimate by the ratios of the row before it; it was not run. "
         f"tensorrt_rtx {results['tensorrt_rtx']} on {results['machine']}, with no GPU, for "
-        f"{runs[0]['archs'].replace(',', ', ')}; bfloat16."
+        f"{runs[0]['archs'].replace(',', ', ')}; bfloat16. Other work ran beside: the load average "
+        f"was {_loads(results['builds'])}."
     )
     return "\n".join(lines)
+
+
+def _loads(builds: dict[str, Any]) -> str:
+    """The range of load averages just before the builds."""
+    loads = [run["load_average_before"] for runs in builds.values() for run in runs]
+    return f"{min(loads):.0f} to {max(loads):.0f}"
 
 
 def _build(name: str, one: dict[str, Any], seconds: str) -> str:

@@ -27,7 +27,9 @@ SAVED_AS = {("gpt_neox", "lm_head.weight"): "embed_out.weight"}
 # Where transformers' config has no default of the number of experts a token, or another name.
 MOST_CHOSEN = {"deepseek_v2": 6, "dbrx": 1}
 BY_NAME = {family.name: family for family in FAMILIES}
-by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+# The rest has its code beside the weights; tests/parity/references.py has its definitions.
+IN_TRANSFORMERS = [f for f in FAMILIES if f.model_types[0] in transformers.CONFIG_MAPPING]
+by_name = pytest.mark.parametrize("family", IN_TRANSFORMERS, ids=lambda family: family.name)
 
 
 def read(directory: Path, values: dict[str, Any]) -> ModelConfig:
@@ -99,13 +101,16 @@ REFUSED = [
     ("gpt2", {"add_cross_attention": True}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt_bigcode", {"add_cross_attention": True}),
-    ("opt", {"do_layer_norm_before": False}),
-    ("opt", {"word_embed_proj_dim": 512}),
     ("opt", {"layer_norm_elementwise_affine": False}),
     ("bloom", {"apply_residual_connection_post_layernorm": True}),
     ("mpt", {"attn_config": {"qk_ln": True}}),
     ("mpt", {"attn_config": {"alibi": False}}),
     ("mpt", {"no_bias": False}),
+    ("chatglm", {"rmsnorm": False}),
+    ("chatglm", {"post_layer_norm": False}),
+    ("chatglm", {"add_bias_linear": True}),
+    ("chatglm", {"rope_ratio": 50}),
+    ("chatglm", {"quantization_bit": 4}),
     ("deepseek_v2", {"norm_topk_prob": True}),
     ("deepseek_v2", {"topk_method": "noaux_tc"}),
     ("deepseek_v2", {"moe_layer_freq": 2}),
@@ -184,6 +189,30 @@ def test_two_ropes_as_transformers_4_spells_them(tmp_path: Path) -> None:
     assert [window is None for window in config.sliding_window] == [False, False, True] * 2
     assert config.layer_rope(1) == config.window_rope
     assert config.layer_rope(2) == config.rope
+
+
+def test_the_text_of_a_model_with_vision(tmp_path: Path) -> None:
+    """As the released files have it: what is Gemma's default is left out."""
+    values = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"hidden_size": 1152},
+    }
+    config = read(tmp_path, values)
+    assert (config.hidden_size, config.num_layers, config.vocab_size) == (2560, 34, 262208)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
+    assert config.eos_token_ids == (1, 106) and config.tied_embeddings
+    assert config.sliding_window[:7] == (1024,) * 5 + (None, 1024)
+    assert config.rope is not None and config.rope.factor == 8.0
 
 
 def test_layers_without_windows_have_no_positions_beside_those_with(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ MAX_POSITION = 64
 
 @dataclass(frozen=True)
 class Case:
-    """A transformers config class and what differs from `_COMMON`. Vectors, which are norms'
+    """A transformers config class and what differs from `COMMON`. Vectors, which are norms'
     weights for the most part, are drawn around `vector_mean`: 0 where they are stored less one.
     With `every_expert`, a mixture of experts chooses all of them."""
 
@@ -37,7 +37,7 @@ class Case:
     def build(self, dtype: torch.dtype) -> transformers.PreTrainedModel:
         """A choice of experts between two that are nearly as good may fall otherwise in 16 bits,
         and then nothing is comparable; so there every expert is chosen."""
-        settings = {**_COMMON, **self.settings}
+        settings = {**COMMON, **self.settings}
         if dtype != torch.float32:
             settings |= self.every_expert or {}
         config = self._config_class(**settings)
@@ -58,7 +58,7 @@ class Case:
         return model
 
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 88,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from case import LAYERS, MAX_POSITION, VOCABULARY, Case, rope
+from case import COMMON, LAYERS, MAX_POSITION, VOCABULARY, Case, rope
 from mixtures import MIXTURES
 
 __all__ = ["BY_NAME", "CASES", "MAX_POSITION", "VOCABULARY", "Case"]
@@ -109,6 +109,28 @@ CASES = [
         0.0,
     ),
     Case("gemma3", "Gemma3Text", {**_GEMMA2, "sliding_window_pattern": 2}, 0.0),
+    Case(
+        "gemma3-vision",
+        "Gemma3",
+        {
+            "tie_word_embeddings": True,
+            "text_config": {
+                **COMMON,
+                **_GEMMA2,
+                "sliding_window_pattern": 2,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 1,
+        },
+        0.0,
+    ),
     Case("cohere", "Cohere", {"tie_word_embeddings": True}),
     Case(
         "cohere-qk-norm",
@@ -156,6 +178,17 @@ CASES = [
     Case("gpt-bigcode", "GPTBigCode", {"tie_word_embeddings": True}),
     Case("gpt-bigcode-mha", "GPTBigCode", {"multi_query": False}),
     Case("opt", "OPT", {"ffn_dim": 88, "tie_word_embeddings": True}),
+    Case(
+        "opt-350m",
+        "OPT",
+        {
+            "ffn_dim": 88,
+            "tie_word_embeddings": True,
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 20,
+        },
+    ),
+    Case("opt-no-final-norm", "OPT", {"ffn_dim": 88, "_remove_final_layer_norm": True}),
     Case("bloom", "Bloom", {"tie_word_embeddings": True}),
     Case("bloom-6-heads", "Bloom", {"num_attention_heads": 6}),
     Case("mpt", "Mpt", {"tie_word_embeddings": True, "max_seq_len": MAX_POSITION}),

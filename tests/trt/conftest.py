@@ -23,3 +23,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nothing_at_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What executables keep from run to run goes into a directory of the test's."""
+    from llmforge.engine.tensorrt import runtime_cache
+
+    monkeypatch.setattr(runtime_cache, "DEFAULT_CACHE", tmp_path_factory.mktemp("cache") / "x")

@@ -222,12 +222,57 @@ class EmulatedEngine:
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self.blueprint.program.aliases.get(name)
 
+    def create_runtime_config(self) -> EmulatedRuntimeConfig:
+        return EmulatedRuntimeConfig()
+
     def create_execution_context(self, strategy: Any = None) -> EmulatedContext:
+        """`strategy`: how memory is allocated, or an EmulatedRuntimeConfig."""
         allocation = tensorrt_rtx.ExecutionContextAllocationStrategy
+        if isinstance(strategy, EmulatedRuntimeConfig):
+            if strategy.cache is None:
+                raise EmulationError("a context of tensorrt_rtx compiles anew at every start")
+            strategy.cache.compiled += 1
+            strategy = strategy.strategy
         return EmulatedContext(self, owns_memory=strategy in (None, allocation.STATIC))
 
     def create_execution_context_without_device_memory(self) -> EmulatedContext:
         return EmulatedContext(self, owns_memory=False)
+
+
+class EmulatedRuntimeConfig:
+    published_as = "IRuntimeConfig"
+
+    def __init__(self) -> None:
+        self.strategy: Any = None
+        self.cache: EmulatedRuntimeCache | None = None
+        self.dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def create_runtime_cache(self) -> EmulatedRuntimeCache:
+        return EmulatedRuntimeCache()
+
+    def set_runtime_cache(self, cache: EmulatedRuntimeCache) -> None:
+        self.cache = cache
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+
+class EmulatedRuntimeCache:
+    """Holds how many contexts were made with it."""
+
+    published_as = "IRuntimeCache"
+
+    def __init__(self) -> None:
+        self.compiled = 0
+
+    def deserialize(self, data: bytes) -> bool:
+        if not data.startswith(MAGIC):
+            return False
+        self.compiled = int(data[len(MAGIC) :])
+        return True
+
+    def serialize(self) -> bytes:
+        return MAGIC + str(self.compiled).encode()
 
 
 class EmulatedContext:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from llmforge.checkpoint.config import ModelConfig
 from llmforge.comm import Comm
 from llmforge.engine.step import Limits
 from llmforge.engine.tensorrt.lowering.rank import RankLowering
-from llmforge.engine.tensorrt.package import Package
+from llmforge.engine.tensorrt.package import Features, Package
 from llmforge.engine.tensorrt.plan import RankPlan
 from llmforge.model.decoder import trace
 from llmforge.model.passes import Pass, apply
@@ -50,20 +50,34 @@ class Lowered:
     programs: dict[str, Program]
 
 
+@dataclass(frozen=True)
+class FewLayers(Features):
+    """A package whose engines are better small."""
+
+    layers: int
+
+    @property
+    def layers_per_engine(self) -> int:
+        return self.layers
+
+
 def lower(
     checkpoint: MemoryCheckpoint,
     *,
     primitives: bool,
     topology: Topology = ONE,
     passes: tuple[Pass, ...] = (),
+    layers: int | None = None,
 ) -> list[Lowered]:
     """Every rank's networks. The target lowers graphs as they are traced; `passes` are applied
-    first where rows are to be seen that it has besides."""
+    first where rows are to be seen that it has besides. layers: the most of an engine."""
     lowered = []
     for rank in range(topology.world_size):
         graph = apply(trace(checkpoint.config, topology, rank), passes)
         weights = checkpoint.of_rank(topology, rank)
         package = Package("tensorrt-rtx", tensorrt_rtx)
+        if layers is not None:
+            package.features = FewLayers(**asdict(package.features), layers=layers)
         lowering = RankLowering(graph, LIMITS, weights, package, primitives=primitives)
         programs = {
             engine.step.file: read(engine.network.network, tensorrt_rtx)

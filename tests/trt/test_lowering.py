@@ -20,7 +20,11 @@ COLUMNS = {"native": False, "primitives": True}
 
 
 def differences(
-    name: str, dtype: str = "float32", topology: Topology = ONE, columns: tuple[str, ...] = ()
+    name: str,
+    dtype: str = "float32",
+    topology: Topology = ONE,
+    columns: tuple[str, ...] = (),
+    layers: int | None = None,
 ) -> dict[str, Difference]:
     """By column, what the networks' logits differ from the reference's."""
     config = config_of(name, dtype)
@@ -30,7 +34,8 @@ def differences(
     expected = reference_logits(checkpoint)
     found = {}
     for column in columns or COLUMNS:
-        lowered = lower(checkpoint, primitives=COLUMNS[column], topology=topology)
+        primitives = COLUMNS[column]
+        lowered = lower(checkpoint, primitives=primitives, topology=topology, layers=layers)
         found[column] = compare(config, network_logits(config, lowered, topology), expected)
     return found
 
@@ -95,8 +100,17 @@ def test_two_stages_of_two_ranks_give_them() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_byte_types_are_within_their_rounding(name: str) -> None:
+    """The primitives' engines have a layer each, as where TensorRT compiles few layers better."""
     check(differences(name, "bfloat16", columns=("native",)))
-    check(differences(name, "float16", columns=("primitives",)))
+    check(differences(name, "float16", columns=("primitives",), layers=1))
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3", "gemma2", "phi3-longrope", "falcon-7b", "latent-mixture"]
+)
+def test_engines_of_a_layer_each_give_them_exactly(name: str) -> None:
+    check(differences(name, layers=1))
+    check(differences(name, topology=Topology(2, 1), columns=("primitives",), layers=1))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "mpt", "stablelm"])

@@ -214,6 +214,8 @@ class ModelConfig:
     embedding_norm: bool = False  # of the embedded tokens
     pre_norm: bool = True  # of what attention and MLP read
     post_norm: bool = False  # of what they give
+    sum_norm: bool = False  # of the residual with what they give, which is the new residual
+    final_norm: bool = True  # before the head
     # "head": one weight for all heads; "heads": each head has its own; "all": q (or k) is
     # normalised as a whole.
     qk_norm_span: str = "head"
@@ -224,6 +226,7 @@ class ModelConfig:
     shared_norm: bool = False  # in a parallel block: one pre-norm for both
     gated_mlp: bool = True  # activation(gate) * up; otherwise activation(up)
     head_bias: bool = False
+    embedding_size: int = 0  # of embedding and head, with projections between; 0: hidden_size
 
     # Scales and caps; a cap c turns x into c tanh(x / c).
     attention_scale: float | None = None  # of the scores; None: head_dim ** -0.5
@@ -255,7 +258,8 @@ class ModelConfig:
         assert len(self.sliding_window) == self.num_layers, "one sliding_window entry a layer"
         assert self.num_heads % self.num_kv_heads == 0, "q heads divide into groups of kv heads"
         assert len(self.alibi_slopes) in (0, self.num_heads), "one slope a query head"
-        assert self.pre_norm or self.post_norm, "a branch is normed before, after, or both"
+        assert self.pre_norm or self.post_norm or self.sum_norm, "a branch is normed somewhere"
+        assert not (self.sum_norm and (self.pre_norm or self.parallel_block)), "a norm of the sum"
         assert self.parallel_block or not self.shared_norm, "parallel blocks share a norm"
         # These two are what the decoder can express so far.
         assert not (self.norm == "layer" and self.qk_norm_span == "all"), "a whole-width LayerNorm"

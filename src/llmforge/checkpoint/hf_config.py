@@ -29,6 +29,7 @@ _ACTIVATIONS = {
     "relu2": "relu2",
 }
 _REQUIRED = object()
+_TOO_LARGE = 1 << 27  # for a number of anything that a config counts
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class Fields:
         value = self._get(name, default, expected)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if type(value) is not int or value < minimum:
+        if type(value) is not int or not minimum <= value < _TOO_LARGE:
             raise self.bad(name, expected)
         return value
 

@@ -62,6 +62,8 @@ class ParamSpec:
 
 EMBEDDING = "embed.weight"
 EMBEDDING_NORM = "embed_norm"
+EMBEDDING_PROJECTION = "embed_projection.weight"
+HEAD_PROJECTION = "head_projection.weight"
 POSITIONS = "positions.weight"
 FINAL_NORM = "final_norm"
 HEAD = "head"
@@ -82,14 +84,17 @@ def parameters(config: ModelConfig) -> dict[str, ParamSpec]:
 def _parameters(config: ModelConfig) -> Iterator[ParamSpec]:
     vocabulary = cut(0, config.vocab_size, pad=True)
     hidden = config.hidden_size
-    yield ParamSpec(EMBEDDING, (config.vocab_size, hidden), vocabulary, init_std=1.0)
+    size = config.embedding_size or hidden
+    yield ParamSpec(EMBEDDING, (config.vocab_size, size), vocabulary, init_std=1.0)
+    if config.embedding_size:
+        yield ParamSpec(EMBEDDING_PROJECTION, (hidden, size), init_std=size**-0.5)
     if config.learned_positions:
         yield ParamSpec(POSITIONS, (config.learned_positions, hidden), init_std=0.1)
     if config.embedding_norm:
         yield from _norm(config, EMBEDDING_NORM)
     for layer in range(config.num_layers):
         prefix = layer_prefix(layer)
-        if config.pre_norm:
+        if config.pre_norm or config.sum_norm:
             yield from _norm(config, f"{prefix}attention_norm")
         if config.latent is None:
             yield from _attention(config, f"{prefix}attention.")
@@ -97,7 +102,7 @@ def _parameters(config: ModelConfig) -> Iterator[ParamSpec]:
             yield from _latent_attention(config, config.latent, f"{prefix}attention.")
         if config.post_norm:
             yield from _norm(config, f"{prefix}attention_post_norm")
-        if config.pre_norm and not config.shared_norm:
+        if (config.pre_norm and not config.shared_norm) or config.sum_norm:
             yield from _norm(config, f"{prefix}mlp_norm")
         if (moe := config.layer_moe(layer)) is None:
             yield from _mlp(config, f"{prefix}mlp.", config.intermediate_size)
@@ -105,10 +110,13 @@ def _parameters(config: ModelConfig) -> Iterator[ParamSpec]:
             yield from _moe(config, moe, f"{prefix}moe.")
         if config.post_norm:
             yield from _norm(config, f"{prefix}mlp_post_norm")
-    yield from _norm(config, FINAL_NORM)
+    if config.final_norm:
+        yield from _norm(config, FINAL_NORM)
+    if config.embedding_size:
+        yield ParamSpec(HEAD_PROJECTION, (size, hidden), init_std=hidden**-0.5)
     if not config.tied_embeddings:
-        shape = (config.vocab_size, hidden)
-        yield ParamSpec(f"{HEAD}.weight", shape, vocabulary, init_std=hidden**-0.5)
+        shape = (config.vocab_size, size)
+        yield ParamSpec(f"{HEAD}.weight", shape, vocabulary, init_std=size**-0.5)
     if config.head_bias:
         yield ParamSpec(f"{HEAD}.bias", (config.vocab_size,), vocabulary, init_std=0.02)
 

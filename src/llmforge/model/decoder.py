@@ -6,8 +6,10 @@ from llmforge.checkpoint.config import ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.params import (
     EMBEDDING,
     EMBEDDING_NORM,
+    EMBEDDING_PROJECTION,
     FINAL_NORM,
     HEAD,
+    HEAD_PROJECTION,
     POSITIONS,
     layer_prefix,
     parameters,
@@ -49,6 +51,8 @@ class _Decoder:
         g, config = self.builder, self.config
         hidden = g.embed_tokens(EMBEDDING)
         hidden = self._scaled(hidden, _rounded(config.embedding_scale, config.dtype))
+        if config.embedding_size:
+            hidden = g.linear(hidden, g.weight(EMBEDDING_PROJECTION))
         if config.learned_positions:
             hidden = g.add(hidden, g.embed(g.inputs["positions"], g.weight(POSITIONS)))
         return self._norm(hidden, EMBEDDING_NORM) if config.embedding_norm else hidden
@@ -58,6 +62,11 @@ class _Decoder:
         normed = self._norm(x, f"{prefix}attention_norm") if config.pre_norm else x
         attention = self._attention if config.latent is None else self._latent_attention
         attended = attention(normed, layer)
+        if config.sum_norm:
+            total = g.add(x, self._branch(attended, f"{prefix}attention_post_norm"))
+            total = self._norm(total, f"{prefix}attention_norm")
+            given = self._branch(self._feed_forward(total, layer), f"{prefix}mlp_post_norm")
+            return self._norm(g.add(total, given), f"{prefix}mlp_norm")
         if config.parallel_block and not config.post_norm and self.topology.tensor_parallel > 1:
             # Nothing stands between the two branches and their sum: ranks meet once for both.
             read = normed if config.shared_norm else self._norm(x, f"{prefix}mlp_norm")
@@ -205,7 +214,10 @@ class _Decoder:
         """The logits of the rank's share of the vocabulary."""
         g, config = self.builder, self.config
         hidden = g.select_rows(hidden, g.inputs["logit_rows"])
-        hidden = self._norm(hidden, FINAL_NORM)
+        if config.final_norm:
+            hidden = self._norm(hidden, FINAL_NORM)
+        if config.embedding_size:
+            hidden = g.linear(hidden, g.weight(HEAD_PROJECTION))
         weight = g.weight(EMBEDDING if config.tied_embeddings else f"{HEAD}.weight")
         logits = self._scaled(g.linear(hidden, weight, g.bias(HEAD)), config.logit_scale)
         if config.logit_softcap is not None:

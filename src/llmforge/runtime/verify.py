@@ -178,9 +178,10 @@ def _reference_logits(
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise SourceError(f"transformers cannot load {directory}: {reason}") from error
-    if model.config.vocab_size != config.vocab_size:
+    vocab_size = model.config.get_text_config().vocab_size
+    if vocab_size != config.vocab_size:
         raise VerificationError(
-            f"{directory} is another model: its vocabulary has {model.config.vocab_size} tokens, "
+            f"{directory} is another model: its vocabulary has {vocab_size} tokens, "
             f"this one's {config.vocab_size}"
         )
     with torch.inference_mode():

@@ -23,6 +23,7 @@ from llmforge.checkpoint.families.llama import LLAMA_FAMILIES
 from llmforge.checkpoint.families.moe import MOE_FAMILIES
 from llmforge.checkpoint.families.own import OwnFamily
 from llmforge.checkpoint.families.positions import POSITION_FAMILIES
+from llmforge.checkpoint.families.remote import REMOTE_FAMILIES
 from llmforge.checkpoint.hf_config import Fields, read_json
 from llmforge.checkpoint.mapping import Ignore, Plan, make_plan
 from llmforge.checkpoint.quantized import FP8_BLOCK
@@ -37,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     *LAYER_NORM_FAMILIES,
     *GPT_FAMILIES,
     *POSITION_FAMILIES,
+    *REMOTE_FAMILIES,
     *MOE_FAMILIES,
     *DEEPSEEK_FAMILIES,
     *GPT_OSS_FAMILIES,

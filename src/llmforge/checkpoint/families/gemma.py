@@ -24,7 +24,7 @@ from llmforge.checkpoint.hf_config import (
     read_activation,
     read_windows_by_type,
 )
-from llmforge.checkpoint.mapping import Rule
+from llmforge.checkpoint.mapping import Ignore, Rule
 
 
 def _norm(theirs: str, ours: str) -> Rule:
@@ -72,6 +72,7 @@ def _cap(family: Family, fields: Fields, name: str) -> float | None:
 def _read_gemma3(family: Family, fields: Fields) -> ModelConfig:
     """Two ropes: transformers 5 nests them by layer type; before, `rope_theta` and `rope_scaling`
     were those of full attention, and `rope_local_base_freq` that of windows."""
+    fields = _text_part(fields)
     max_position = fields.integer(
         "max_position_embeddings", family.default("max_position_embeddings")
     )
@@ -94,6 +95,41 @@ def _read_gemma3(family: Family, fields: Fields) -> ModelConfig:
         rope=parse_rope(full, plain, head_dim, max_position, theta),
         window_rope=parse_rope(window, plain, head_dim, max_position, local_theta),
     )
+
+
+# What transformers takes where a text_config leaves it out (Gemma3TextConfig), and its files do.
+_TEXT_SIZES = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+}
+
+
+def _text_part(fields: Fields) -> Fields:
+    """Of a model with a vision part, the fields of the text; what the file says of the whole model
+    counts."""
+    text = fields.table("text_config")
+    if text is None:
+        return fields
+    names = ("dtype", "torch_dtype", "tie_word_embeddings", "eos_token_id", "bos_token_id")
+    whole = {name: fields.data[name] for name in names if fields.data.get(name) is not None}
+    data = {**_TEXT_SIZES, **text.data, **whole}
+    return dataclasses.replace(fields, data=data, inside="text_config")
+
+
+def _beside_vision(rules: Rules) -> Rules:
+    """The same tensors as they are named, and as they were once, beside a vision part."""
+    renamed = [
+        dataclasses.replace(rule, theirs=tuple(placed(name) for name in rule.theirs))
+        for rule in rules
+        for placed in (
+            lambda name: f"language_model.{name}",
+            lambda name: name.replace("model.", "model.language_model.", 1),
+        )
+    ]
+    return (*rules, *(rule for rule in renamed if rule not in rules))
 
 
 _ENDS: Rules = (
@@ -157,14 +193,20 @@ GEMMA_FAMILIES = (
     ),
     Family(
         "gemma3",
-        ("Gemma3ForCausalLM", "Gemma3TextModel"),
-        ("gemma3_text",),
+        ("Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3ForConditionalGeneration"),
+        ("gemma3_text", "gemma3"),
         _read_gemma3,
-        (*_ENDS, *_PRE_AND_POST_NORMS, *_GEMMA3_ATTENTION, *MLP),
+        _beside_vision((*_ENDS, *_PRE_AND_POST_NORMS, *_GEMMA3_ATTENTION, *MLP)),
         "model.",
-        ROTARY_AND_MASKS,
+        (
+            *ROTARY_AND_MASKS,
+            Ignore(
+                r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+                "the vision part: the model is converted for text",
+            ),
+        ),
         {**_DEFAULTS_2, "max_position_embeddings": 131072},
         _ALIASES_2,
-        "text only; norms of q and k; another rope on layers with windows",
+        "text, also of models with vision; norms of q and k; another rope on layers with windows",
     ),
 )

@@ -103,13 +103,17 @@ _BIGCODE_RULES: Rules = (
 
 
 def _read_opt(family: Family, fields: Fields) -> ModelConfig:
-    refuse(fields, "do_layer_norm_before", True)
-    refuse(fields, "_remove_final_layer_norm", False)
     refuse(fields, "layer_norm_elementwise_affine", True)
-    refuse(fields, "word_embed_proj_dim", fields.integer("hidden_size"))
+    hidden = fields.integer("hidden_size")
+    size = fields.integer("word_embed_proj_dim", hidden)
+    before = fields.flag("do_layer_norm_before", True)
     return _read(
         family,
         fields,
+        pre_norm=before,
+        sum_norm=not before,
+        final_norm=before and not fields.flag("_remove_final_layer_norm", False),
+        embedding_size=0 if size == hidden else size,
         bias=fields.flag("enable_bias", True),
         learned_positions=fields.integer("max_position_embeddings", 2048),
     )
@@ -132,6 +136,8 @@ _OPT_RULES: Rules = (
     *both(f"{_OPT_LAYER}final_layer_norm", "layers.{i}.mlp_norm"),
     *plain_mlp(f"{_OPT_LAYER}fc1", f"{_OPT_LAYER}fc2"),
     *both("model.decoder.final_layer_norm", "final_norm"),
+    rename("model.decoder.project_in.weight", "embed_projection.weight"),
+    rename("model.decoder.project_out.weight", "head_projection.weight"),
     rename("lm_head.weight", "head.weight"),
 )
 
@@ -146,11 +152,11 @@ def _read_bloom(family: Family, fields: Fields) -> ModelConfig:
         fields,
         embedding_norm=True,
         intermediate_size=4 * fields.integer("hidden_size"),
-        alibi_slopes=_slopes(fields.integer("num_attention_heads")),
+        alibi_slopes=alibi_slopes(fields.integer("num_attention_heads")),
     )
 
 
-def _slopes(heads: int) -> tuple[float, ...]:
+def alibi_slopes(heads: int) -> tuple[float, ...]:
     """Evenly spread powers of two down to 2**-8; where there is no whole power of two of heads,
     those of the next lower one, then every other one of the next higher
     (https://arxiv.org/abs/2108.12409 and its code)."""
@@ -268,7 +274,7 @@ POSITION_FAMILIES = (
             "eos_token_id": (2,),
         },
         {"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
-        "learned positions, ReLU; 350M, whose norms stand behind, is refused",
+        "learned positions, ReLU; in 350M norms of the sums, and projections at both ends",
     ),
     Family(
         "bloom",

@@ -88,6 +88,7 @@ _REFUSED = {
     "vision_args": "vision models",
     "quantization_args": "quantized weights",
     "lora_args": "adapters",
+    "sliding_window": "sliding windows",
 }
 
 
@@ -158,6 +159,8 @@ def _join(files: Sequence[TorchFile], fields: Fields, where: str) -> dict[str, P
     on_all_ranks(ranks, names, where)
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
+    if hidden % heads:
+        raise fields.bad("num_attention_heads", f"a divisor of dim ({hidden})")
     rows = sum(part[_FIRST_Q].shape[0] for part in ranks if _FIRST_Q in part)
     if rows != hidden:
         raise SourceError(

@@ -173,7 +173,7 @@ def _fields(path: Path, data: Mapping[str, Any], architecture: Architecture) -> 
             "original_max_position_embeddings": 8192,
             **scaling,
         }
-    fixed = architecture.fixed(values)
+    fixed = architecture.fixed(Fields(path, values))
     # A config of TensorRT-LLM leaves these to the tokenizer.
     found = tokens(path.parent)
     values |= {"bos_token_id": found.bos, "eos_token_id": list(found.eos), **fixed}
@@ -207,7 +207,8 @@ def _refuse(fields: Fields, architecture: Architecture, warn: Warn) -> None:
     )
     refused = {name: fields.data.get(name) for name in _REFUSED}
     refused["moe.num_experts"] = experts
-    refused["mapping.auto_parallel"] = fields.data.get("mapping", {}).get("auto_parallel")
+    mapping = fields.table("mapping")
+    refused["mapping.auto_parallel"] = mapping and mapping.data.get("auto_parallel")
     if not architecture.qk_norm:
         refused["qk_layernorm"] = fields.data.get("qk_layernorm")
     for name, value in refused.items():

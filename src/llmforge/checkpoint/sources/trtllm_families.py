@@ -20,9 +20,8 @@ from llmforge.checkpoint.families.base import (
     plain_mlp,
     rename,
 )
+from llmforge.checkpoint.hf_config import Fields
 from llmforge.checkpoint.mapping import Rule
-
-Data = Mapping[str, Any]
 
 LAYER = "transformer.layers.{i}."
 
@@ -114,7 +113,7 @@ class Architecture:
     rules: Rules
     fused_mlp: Rules | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
-    fixed: Callable[[Data], dict[str, Any]] = lambda data: {}
+    fixed: Callable[[Fields], dict[str, Any]] = lambda fields: {}
     positions: tuple[str, ...] = ("rope_gpt_neox",)
     qk_norm: bool = False
     warning: str = ""
@@ -139,37 +138,37 @@ ACTIVATIONS = {
 }
 
 
-def _falcon(data: Data) -> dict[str, Any]:
-    new = bool(data.get("new_decoder_architecture"))
-    kv_heads = data.get("num_key_value_heads") or data.get("num_attention_heads")
+def _falcon(fields: Fields) -> dict[str, Any]:
+    new = bool(fields.data.get("new_decoder_architecture"))
+    kv_heads = fields.data.get("num_key_value_heads") or fields.data.get("num_attention_heads")
     return {
         "num_kv_heads": kv_heads,
         "multi_query": kv_heads == 1,
         "new_decoder_architecture": new,
         "num_ln_in_parallel_attn": 2 if new else None,
-        "parallel_attn": bool(data.get("parallel_attention", False)),
+        "parallel_attn": bool(fields.data.get("parallel_attention", False)),
     }
 
 
-def _phi3(data: Data) -> dict[str, Any]:
-    if data.get("position_embedding_type") != "long_rope":
+def _phi3(fields: Fields) -> dict[str, Any]:
+    if fields.data.get("position_embedding_type") != "long_rope":
         return {"rope_scaling": None}
     return {
         "rope_scaling": {
             "type": "longrope",
-            "short_factor": data.get("longrope_scaling_short_factors"),
-            "long_factor": data.get("longrope_scaling_long_factors"),
+            "short_factor": fields.data.get("longrope_scaling_short_factors"),
+            "long_factor": fields.data.get("longrope_scaling_long_factors"),
         }
     }
 
 
-def _mpt(data: Data) -> dict[str, Any]:
+def _mpt(fields: Fields) -> dict[str, Any]:
     return {
-        "no_bias": not data.get("bias", False),
+        "no_bias": not fields.data.get("bias", False),
         "attn_config": {
             "alibi": True,
-            "alibi_bias_max": data.get("alibi_bias_max", 8),
-            "clip_qkv": data.get("clip_qkv"),
+            "alibi_bias_max": fields.data.get("alibi_bias_max", 8),
+            "clip_qkv": fields.data.get("clip_qkv"),
         },
     }
 
@@ -182,30 +181,30 @@ ARCHITECTURES = (
         ("MistralForCausalLM",),
         "mistral",
         _llama(),
-        fixed=lambda data: {"sliding_window": None},
+        fixed=lambda fields: {"sliding_window": None},
         warning="TensorRT-LLM checkpoints do not record a sliding window: full attention is taken",
     ),
     Architecture(
         ("GraniteForCausalLM",),
         "granite",
         _llama(),
-        fixed=lambda data: {
-            "attention_multiplier": data.get("attention_multiplier", 1.0)
-            / float(data.get("head_size") or 1) ** 0.5,
-            "logits_scaling": 1 / data.get("output_multiplier_scale", 1.0),
+        fixed=lambda fields: {
+            "attention_multiplier": fields.number("attention_multiplier", 1.0)
+            / fields.integer("head_size") ** 0.5,
+            "logits_scaling": 1 / fields.number("output_multiplier_scale", 1.0),
         },
     ),
     Architecture(
         ("Qwen2ForCausalLM",),
         "qwen2",
         _llama(),
-        fixed=lambda data: {"use_sliding_window": False},
+        fixed=lambda fields: {"use_sliding_window": False},
     ),
     Architecture(
         ("Qwen3ForCausalLM",),
         "qwen3",
         _llama(),
-        fixed=lambda data: {"use_sliding_window": False},
+        fixed=lambda fields: {"use_sliding_window": False},
         qk_norm=True,
     ),
     Architecture(
@@ -213,7 +212,7 @@ ARCHITECTURES = (
         "phi3",
         _llama(),
         _llama(_FUSED_MLP),
-        fixed=lambda data: {**_phi3(data), "sliding_window": None},
+        fixed=lambda fields: {**_phi3(fields), "sliding_window": None},
         positions=("rope_gpt_neox", "long_rope"),
     ),
     Architecture(
@@ -225,7 +224,7 @@ ARCHITECTURES = (
         ("Gemma2ForCausalLM",),
         "gemma2",
         _GEMMA2,
-        fixed=lambda data: {"sliding_window": data.get("sliding_window") or 4096},
+        fixed=lambda fields: {"sliding_window": fields.data.get("sliding_window") or 4096},
     ),
     Architecture(
         ("CohereForCausalLM",),
@@ -244,7 +243,7 @@ ARCHITECTURES = (
         ("GPTBigCodeForCausalLM", "GPTForCausalLM:starcoder", "GPTForCausalLM:santacoder"),
         "gpt_bigcode",
         _GPT,
-        fixed=lambda data: {"multi_query": data.get("num_key_value_heads") == 1},
+        fixed=lambda fields: {"multi_query": fields.data.get("num_key_value_heads") == 1},
         positions=("learned_absolute",),
     ),
     Architecture(
@@ -252,23 +251,23 @@ ARCHITECTURES = (
         "starcoder2",
         _GPT,
         aliases={"use_bias": "bias"},
-        fixed=lambda data: {"sliding_window": None, **_GELU_TANH},
+        fixed=lambda fields: {"sliding_window": None, **_GELU_TANH},
         warning="TensorRT-LLM checkpoints do not record a sliding window: full attention is taken",
     ),
     Architecture(
         ("NemotronForCausalLM", "GPTForCausalLM:nemotron"),
         "nemotron",
         _GPT,
-        fixed=lambda data: {
-            "attention_bias": bool(data.get("bias")),
-            "mlp_bias": bool(data.get("bias")),
+        fixed=lambda fields: {
+            "attention_bias": bool(fields.data.get("bias")),
+            "mlp_bias": bool(fields.data.get("bias")),
         },
     ),
     Architecture(
         ("GPTJForCausalLM",),
         "gptj",
         (*_ENDS, *_norms(), *_INTERLEAVED, *_PLAIN_MLP),
-        fixed=lambda data: {"hidden_act": "gelu_new"},
+        fixed=lambda fields: {"hidden_act": "gelu_new"},
         positions=("rope_gptj",),
     ),
     Architecture(
@@ -289,7 +288,7 @@ ARCHITECTURES = (
         ("BloomForCausalLM",),
         "bloom",
         _GPT,
-        fixed=lambda data: _GELU_TANH,
+        fixed=lambda fields: _GELU_TANH,
         positions=("alibi",),
     ),
     Architecture(

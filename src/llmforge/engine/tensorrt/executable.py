@@ -86,6 +86,8 @@ class TensorRTExecutable:
                 runner.capture(host)
         self._known = np.zeros(plan.slots, np.int32)
         device.synchronize()
+        if comm.rank == 0:
+            self._rank.compiled()
 
     def step(self, batch: StepBatch) -> StepResult:
         """Tokens where `batch` says how to draw them, else logits."""

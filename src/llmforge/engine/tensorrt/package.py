@@ -21,6 +21,7 @@ the names in the last column, so a version that is not in this table is used for
     several GPU kinds    no         1.7            ComputeCapability
     timing cache         10.0       no (no effect) no ComputeCapability, and strong typing
     profile sharing      8.6        no (always)    PreviewFeature.PROFILE_SHARING_0806
+    runtime cache        no         1.7            IRuntimeCache
     context memory       10.0       1.7            ExecutionContextAllocationStrategy
       with its size      10.1       1.7            IExecutionContext.set_device_memory
 """
@@ -67,6 +68,7 @@ class Features:
     compute_capabilities: bool
     timing_cache: bool
     profile_sharing: bool
+    runtime_cache: bool
 
     @property
     def layers_per_engine(self) -> int | None:
@@ -94,6 +96,7 @@ def _features(trt: Any) -> Features:
         # That of 8.6 holds nothing of what Myelin measures, and a build that is given one fails.
         timing_cache=not several and hasattr(flags, "STRONGLY_TYPED"),
         profile_sharing=hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"),
+        runtime_cache=hasattr(trt, "IRuntimeCache"),
     )
 
 
@@ -276,10 +279,19 @@ class Package:
             return int(engine.device_memory_size_v2)
         return int(engine.device_memory_size)
 
-    def create_context(self, engine: Any, profile: int, stream: int, memory: int | None) -> Any:
+    def create_context(
+        self, engine: Any, profile: int, stream: int, memory: int | None, config: Any = None
+    ) -> Any:
         """An execution context for calls of a profile, whose activations are at the address
-        `memory` (None: memory of its own). Raises TargetError where TensorRT refuses."""
-        if memory is None:
+        `memory` (None: memory of its own). `config`: an IRuntimeConfig of the engine, where the
+        package has them. Raises TargetError where TensorRT refuses."""
+        if config is not None:
+            if memory is not None:
+                config.set_execution_context_allocation_strategy(
+                    self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+                )
+            context = engine.create_execution_context(config)
+        elif memory is None:
             context = engine.create_execution_context()
         elif hasattr(self.trt, "ExecutionContextAllocationStrategy"):
             strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +101,3 @@ class Lowering:
     def features(self, x: Value) -> int:
         """The size of the last dimension."""
         return int(x.tensor.shape[-1])
-
-
-Attributes = Mapping[str, Any]
