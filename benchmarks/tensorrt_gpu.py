@@ -9,11 +9,10 @@ in parts, each a process of its own with a time limit, and writes OUT/tensorrt_g
     example   examples/drama-3m: float32 tokens equal the cpu target's, float16 logits are close
     tiny      a tiny random model of every architecture: float32 tokens equal the cpu target's
     ranks     the example on two tensor-parallel ranks of one GPU, and on two pipeline stages
-    cache     a tiny model built twice with one timing cache
     speed     a Llama-3.2-1B-shaped float16 model: build time, size, TPOT beside the floor
 
-Builds take the time of one core each, so all parts run at once; `speed` waits for the others to end
-before it measures. Build times are therefore those of a busy machine.
+All parts run at once, since a build takes one core; `speed` waits for the others to end before it
+measures. Build times are therefore those of a busy machine.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ EXAMPLE_LIMITS = {"max_batch_size": 4, "max_seq_len": 256, "max_num_tokens": 64}
 TINY_LIMITS = {"max_batch_size": 3, "max_seq_len": 48, "max_num_tokens": 16}
 SPEED_LIMITS = {"max_batch_size": 8, "max_seq_len": 512, "max_num_tokens": 512}
 INPUT_LEN, OUTPUT_LEN, SPEED_BATCHES = 128, 256, (1, 8)
-PARTS = {"example": 180, "ranks": 240, "tiny": 270, "cache": 120, "speed": 330}  # seconds
+PARTS = {"example": 180, "ranks": 240, "tiny": 270, "speed": 330}  # seconds
 TINY_AT_ONCE = 11
 
 
@@ -117,9 +116,7 @@ def logits(engine: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
 def build_for(
     name: str, checkpoint: Path, engine: Path, limits: dict[str, int], **more: Any
 ) -> float:
-    """Build, and return the seconds that took. TensorRT's own cache is not used."""
-    if name == TARGET:
-        more = {"timing_cache": f"{engine}.timing", **more}
+    """Build, and return the seconds that took."""
     started = time.perf_counter()
     build(checkpoint, engine, BuildSettings(target=name, overwrite=True, **limits, **more))
     return time.perf_counter() - started
@@ -235,15 +232,6 @@ def tiny(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
         report(found)
 
 
-def cache(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
-    timing = str(scratch / "shared.timing")
-    seconds = [
-        build_for(TARGET, data / "tiny/llama", scratch / "cache", TINY_LIMITS, timing_cache=timing)
-        for _ in range(2)
-    ]
-    report({"build_s": seconds, "bytes": Path(timing).stat().st_size})
-
-
 def ranks(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
     """Through the command line, as a user does."""
     expected = json.loads((data / "expected.json").read_text())["example"]
@@ -285,8 +273,7 @@ def speed(data: Path, scratch: Path, report: Callable[[Any], None]) -> None:
              "-o", checkpoint)  # fmt: skip
     limits = [f"--{n.replace('_', '-')}={v}" for n, v in SPEED_LIMITS.items()]
     started = time.perf_counter()
-    llmforge("build", checkpoint, "-o", engine, "--target", TARGET,
-             "--timing-cache", scratch / "speed.timing", *limits)  # fmt: skip
+    llmforge("build", checkpoint, "-o", engine, "--target", TARGET, *limits)
     found["build_s"] = time.perf_counter() - started
     files = [f for f in engine.rglob("*") if f.is_file()]
     found["engine_bytes"] = sum(f.stat().st_size for f in files)
@@ -412,7 +399,6 @@ def main() -> None:
             "example": example,
             "tiny": tiny,
             "ranks": ranks,
-            "cache": cache,
             "speed": speed,
         }
 

@@ -274,6 +274,14 @@ def test_a_graph_that_reads_ahead_is_refused() -> None:
         dataclasses.replace(graph, nodes=graph.nodes[:-1]).validate()
 
 
+def test_dimensions_have_known_names() -> None:
+    graph = trace(CONFIG, Topology(), 0)
+    for name in ("token_ids", graph.outputs[0]):
+        odd = dataclasses.replace(graph.tensors[name], shape=("words", 3))
+        with pytest.raises(ValueError, match="has the dimension 'words'; known: tokens, "):
+            dataclasses.replace(graph, tensors={**graph.tensors, name: odd}).validate()
+
+
 def test_an_op_called_wrongly_is_refused() -> None:
     g = GraphBuilder()
     x = g.embed(g.inputs["token_ids"], g.parameter("embed", (10, 4), "float32"))

@@ -110,5 +110,6 @@ def test_the_tables_of_a_step_hold_its_blocks_and_zeros():
     cache.free(7)
     # More sequences than the batch size: the rows are extended, and keep what they hold.
     assert cache.grow(1, 4) and cache.grow(2, 4)
+    assert len({*cache.table(1).tolist(), *cache.table(2).tolist(), *other}) == 4
     assert cache.table(3).tolist() == other
     assert cache.tables([1, 3], np.array([4, 8], np.int32))[1].tolist() == other

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from case import _COMMON, VOCABULARY
+from case import COMMON, VOCABULARY
 from models import BY_NAME, CASES
 
 from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
@@ -87,7 +87,7 @@ def config_of(name: str, dtype: str = "float32") -> ModelConfig:
     if name in OWN:
         return replace(OWN[name], dtype=dtype)
     case = BY_NAME[name]
-    config = case._config_class(**{**_COMMON, **case.settings})
+    config = case._config_class(**{**COMMON, **case.settings})
     model = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     config.architectures = [model.__name__]
     with tempfile.TemporaryDirectory() as directory:

@@ -100,7 +100,13 @@ class Graph:
         return result
 
     def validate(self) -> None:
-        """Every tensor is defined once and before it is used. Raises ValueError."""
+        """Every tensor is defined once and before it is used, and dimensions have the names of
+        `SYMBOLS`. Raises ValueError."""
+        for t in self.tensors.values():
+            if unknown := [d for d in t.shape if isinstance(d, str) and d not in SYMBOLS]:
+                raise ValueError(
+                    f"{t.name} has the dimension {unknown[0]!r}; known: {', '.join(SYMBOLS)}"
+                )
         defined = {t.name for t in (*self.inputs, *self.states, *self.parameters)}
         for node in self.nodes:
             for name in node.inputs:

@@ -30,7 +30,7 @@ from llmforge.kernels.driver import Sizes
 from llmforge.kernels.images import read_images
 from llmforge.parallel import Topology
 
-REBUILD = "build it again here with: llmforge build CHECKPOINT -o ENGINE --overwrite --target "
+REBUILD = "llmforge build CHECKPOINT -o ENGINE --overwrite --target "
 
 
 class TensorRTExecutable:
@@ -142,7 +142,7 @@ class TensorRTExecutable:
 def check_runnable(plan: RankPlan, package: Package, device: Device) -> None:
     """Raises TargetError where this package on this GPU cannot run the engine, before TensorRT
     says so in its own words."""
-    rebuild = REBUILD + package.target
+    rebuild = f"build it again here with: {REBUILD}{package.target}"
     if (plan.package, plan.version) != (package.name, package.version):
         raise TargetError(
             f"this engine was built by {plan.package} {plan.version} and {package.name} "
@@ -154,7 +154,7 @@ def check_runnable(plan: RankPlan, package: Package, device: Device) -> None:
         if f"sm_{major}{minor}" not in package.known_archs():
             raise TargetError(
                 f"{here}, which {package.name} {package.version} does not run on (it runs on "
-                f"{', '.join(package.known_archs())}); use another target: {REBUILD}cuda"
+                f"{', '.join(package.known_archs())}); build for another target: {REBUILD}cuda"
             )
         raise TargetError(
             f"{here}, and this engine was built for {', '.join(plan.archs)}; "
