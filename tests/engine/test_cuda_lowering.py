@@ -14,6 +14,7 @@ from llmforge.comm import Comm
 from llmforge.engine.cuda.lowering import LOWERINGS
 from llmforge.engine.cuda.program import Links, Program, Transfer
 from llmforge.engine.cuda.target import CudaTarget, programs
+from llmforge.errors import BuildError, TargetError
 from llmforge.kernels.collectives import GROUP, HEADER_BYTES, MAIL, MAX_BLOCKS
 from llmforge.kernels.exchange import Peers, SharedRegions, peers_of, reaches_peers
 from llmforge.kernels.launch import Launch, Size
@@ -182,8 +183,6 @@ def test_every_rank_has_the_addresses_of_its_peers() -> None:
 
 
 def test_all_ranks_know_when_one_cannot_reach_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmforge.errors import TargetError
-
     opened = SharedRegions._open
 
     def failing(self, card, own):
@@ -202,3 +201,22 @@ def test_memory_counts_what_ranks_share() -> None:
     one = CudaTarget().memory(graph, limits).activations
     arena = max(p.arena_bytes for p in programs(graph, limits, "compute_80"))
     assert one - arena == 2 * 2 * 2048 * 64 * 2, "two slots, each with the hidden state of both"
+
+
+def test_a_router_beyond_the_kernel_is_refused_at_build() -> None:
+    moe = dataclasses.replace(MODELS["experts"].moe, num_experts=40, top_k=33)
+    config = dataclasses.replace(MODELS["experts"], moe=moe)
+    with pytest.raises(
+        BuildError, match=r"choose experts like this model \(top_k 33, at most 32\)"
+    ):
+        CudaTarget().prepare(trace(config, Topology(), 0))
+
+
+def test_few_tokens_stream_their_experts_and_more_are_sorted_by_expert() -> None:
+    limits = dataclasses.replace(LIMITS, max_batch_size=32)
+    config = of_dtype(MODELS["experts"], "bfloat16")
+    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+    for program in programs(graph, limits, "sm_90"):
+        streamed = program.shape.decode and program.shape.tokens <= 8
+        assert ("expert_up" in entries(program)) == streamed
+        assert ("sort_pairs" in entries(program)) == (not streamed)
