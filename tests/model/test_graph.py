@@ -193,6 +193,9 @@ def test_ranks_meet_once_in_a_parallel_block() -> None:
         graph = trace(dataclasses.replace(parallel, shared_norm=shared), Topology(ranks), 0)
         # One for the embedding, one a layer; the biases of o and down are added behind it.
         assert ops(graph).count("all_reduce") == 1 + CONFIG.num_layers
+        for name in ("attention.o.bias", "mlp.down.bias"):
+            [reader] = graph.consumers()[f"layers.0.{name}"]
+            assert reader.op == "add", "once, to the sum of all ranks"
     graph = trace(CONFIG, Topology(2), 0)
     assert ops(graph).count("all_reduce") == 1 + 2 * CONFIG.num_layers
 
