@@ -55,8 +55,8 @@ bench: $(VENV)/.demo
 
 # On a machine with an NVIDIA GPU, in an environment that has torch with CUDA and llmforge[cuda,dev].
 test-gpu:
-	python3 -m pytest -q -n 8 tests/cuda --ignore tests/cuda/test_ranks.py
-	python3 -m pytest -q tests/cuda/test_ranks.py
+	python3 -m pytest -q -n 8 tests/cuda --ignore tests/cuda/test_cuda_ranks.py
+	python3 -m pytest -q tests/cuda/test_cuda_ranks.py
 
 bench-gpu:
 	python3 benchmarks/cuda_speed.py --json benchmarks/results/cuda.json

@@ -1,4 +1,4 @@
-"""One rank of a job for test_ranks.py: rank_program.py DEED [ARGUMENTS], under mpirun. What it
+"""One rank of a job for test_cuda_ranks.py: rank_program.py DEED [ARGUMENTS], under mpirun. What it
 finds wrong it raises, which ends the job."""
 
 from __future__ import annotations
