@@ -24,7 +24,8 @@ from llmforge.errors import BuildError, MemoryLimitError, SettingsError
 from llmforge.model.definition import Definition, load_pass
 from llmforge.model.graph import Parameter
 from llmforge.parallel import Topology
-from llmforge.settings import BuildSettings, check_target_options
+from llmforge.settings import BuildSettings
+from llmforge.settings_reading import check_target_options
 
 DEFAULT_TARGET = "cpu"
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
