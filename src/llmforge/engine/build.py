@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmforge import __version__
-from llmforge.artifact import GB, ArtifactWriter, Manifest, Progress, Warn, no_progress, no_warning
+from llmforge.artifact import GB, Manifest, Progress, Warn, no_progress, no_warning
+from llmforge.artifact_writer import ArtifactWriter
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.store import Checkpoint
