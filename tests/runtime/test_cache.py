@@ -97,3 +97,19 @@ def test_sequences_of_one_block_take_the_lowest_that_is_free():
     cache.free(3)
     assert cache.grow(5, 3, 30) and cache.grow(6, 3, 30) and cache.grow(7, 3, 30)
     assert [cache.table(sequence)[0] for sequence in (5, 6, 7)] == [1, 3, 5]
+
+
+def test_the_tables_of_a_step_hold_its_blocks_and_zeros():
+    cache = KvCache(limits(max_batch_size=2, max_seq_len=32, block_size=4, num_blocks=8))
+    assert cache.grow(7, 12) and cache.grow(3, 8)
+    assert cache.holds(7, 12) and not cache.holds(7, 13) and not cache.holds(9, 1)
+    own, other = cache.table(7).tolist(), cache.table(3).tolist()
+    # The last block of 7 is not part of this step.
+    step = cache.tables([3, 7, 3], np.array([8, 5, 2], np.int32))
+    assert step.tolist() == [other, own[:2], [other[0], 0]]
+    cache.free(7)
+    # More sequences than the batch size: the rows are extended, and keep what they hold.
+    assert cache.grow(1, 4) and cache.grow(2, 4)
+    assert len({*cache.table(1).tolist(), *cache.table(2).tolist(), *other}) == 4
+    assert cache.table(3).tolist() == other
+    assert cache.tables([1, 3], np.array([4, 8], np.int32))[1].tolist() == other

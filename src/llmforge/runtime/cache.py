@@ -7,6 +7,8 @@ together where they can.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from llmforge.engine.step import Int32, Limits
@@ -92,7 +94,10 @@ class KvCache:
         self._block_size = limits.block_size
         self._width = limits.max_blocks_per_seq
         self._allocator = BlockAllocator(limits.num_blocks)
-        self._tables: dict[int, Int32] = {}
+        # All tables are rows of one matrix, so that a step's are taken in one go.
+        self._tables = np.zeros((limits.max_batch_size, self._width), np.int32)
+        self._free_rows = list(range(limits.max_batch_size - 1, -1, -1))
+        self._rows: dict[int, int] = {}
         self._counts: dict[int, int] = {}
 
     @property
@@ -111,7 +116,19 @@ class KvCache:
     def table(self, sequence: int) -> Int32:
         """The sequence's blocks in order of position. A view, valid until the next call that
         changes the sequence."""
-        return self._tables[sequence][: self._counts[sequence]]
+        return self._tables[self._rows[sequence], : self._counts[sequence]]
+
+    def tables(self, sequences: Sequence[int], tokens: Int32) -> Int32:
+        """A row for each sequence with the blocks of its first `tokens`, zeros behind them."""
+        widths = -(-tokens // self._block_size)
+        columns = np.arange(widths.max(initial=0))
+        rows = self._tables[[self._rows[sequence] for sequence in sequences], : len(columns)]
+        rows[columns >= widths[:, None]] = 0
+        return rows
+
+    def holds(self, sequence: int, tokens: int) -> bool:
+        """Whether the sequence's blocks hold this many tokens."""
+        return tokens <= self._counts.get(sequence, 0) * self._block_size
 
     def missing(self, sequence: int, tokens: int) -> int:
         """Blocks to allocate before the sequence can hold `tokens` tokens."""
@@ -127,8 +144,8 @@ class KvCache:
         if missing > self.num_free:
             return False
         if have == 0:
-            self._tables[sequence] = np.zeros(self._width, np.int32)
-        table = self._tables[sequence]
+            self._rows[sequence] = self._free_row()
+        table = self._tables[self._rows[sequence]]
         last = int(table[have - 1]) if have else None
         blocks = self._allocator.allocate(missing, last, self.blocks_for(final_tokens) - have)
         table[have : have + missing] = blocks
@@ -138,4 +155,12 @@ class KvCache:
     def free(self, sequence: int) -> None:
         """Give back all blocks of the sequence, which must have some."""
         self._allocator.release(self.table(sequence).tolist())
-        del self._tables[sequence], self._counts[sequence]
+        self._free_rows.append(self._rows.pop(sequence))
+        del self._counts[sequence]
+
+    def _free_row(self) -> int:
+        if not self._free_rows:
+            count = len(self._tables)
+            self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
+            self._free_rows = list(range(2 * count - 1, count - 1, -1))
+        return self._free_rows.pop()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -87,15 +87,15 @@ class SequenceState:
         self.number = number
         self.num_prompt = len(request.token_ids)
         self.final_tokens = _final_tokens(request, limits)
-        self._tokens = np.empty(self.final_tokens, np.int32)
-        self._tokens[: self.num_prompt] = request.token_ids
+        self.all_tokens = np.empty(self.final_tokens, np.int32)  # those to come have no value yet
+        self.all_tokens[: self.num_prompt] = request.token_ids
         self.num_tokens = self.num_prompt
         self.num_computed = 0
 
     @property
     def tokens(self) -> Int32:
         """The sequence so far. A view whose content does not change later."""
-        return self._tokens[: self.num_tokens]
+        return self.all_tokens[: self.num_tokens]
 
     @property
     def generated(self) -> tuple[int, ...]:
@@ -107,12 +107,11 @@ class SequenceState:
         return self.num_tokens == self.final_tokens
 
     def append(self, token: int) -> None:
-        self._tokens[self.num_tokens] = token
+        self.all_tokens[self.num_tokens] = token
         self.num_tokens += 1
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens ``start:stop`` of a sequence, to be computed in a step. The next token is wanted
     where the chunk is the last of the sequence so far."""
 
@@ -193,11 +192,13 @@ class Scheduler:
             # Nothing computed: a prompt of one token, or preempted in this loop.
             if sequence.num_computed != sequence.num_tokens - 1 or sequence.num_computed == 0:
                 continue
-            while not self._grow(sequence):
+            # Most steps need no new block.
+            fits = self.cache.holds(sequence.number, sequence.num_tokens)
+            while not fits and not self._grow(sequence):
                 if self._preempt_last() is sequence:
                     break
             else:
-                chunks.append(self._chunk(sequence, 1))
+                chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_tokens))
         return chunks
 
     def _grow(self, sequence: SequenceState) -> bool:

@@ -136,26 +136,25 @@ class Session:
         self.close()
 
     def _batch(self, chunks: Sequence[Chunk]) -> StepBatch:
-        tables = [self.scheduler.cache.table(chunk.sequence.number) for chunk in chunks]
-        lengths = [chunk.stop - chunk.start for chunk in chunks]
-        block_size = self._executable.limits.block_size
-        # Blocks that later positions will use are allocated already, but not part of the step.
-        widths = [-(-chunk.stop // block_size) for chunk in chunks]
-        block_table = np.zeros((len(chunks), max(widths)), np.int32)
-        for row, (table, width) in enumerate(zip(tables, widths, strict=True)):
-            block_table[row, :width] = table[:width]
+        sequences = [chunk.sequence for chunk in chunks]
+        begins = np.array([chunk.start for chunk in chunks], np.int32)
+        stops = np.array([chunk.stop for chunk in chunks], np.int32)
         starts = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum(lengths, out=starts[1:])
+        np.cumsum(stops - begins, out=starts[1:])
+        # Each token's position: how far it is from its chunk's first, and where that stands.
+        positions = np.arange(starts[-1], dtype=np.int32)
+        positions += np.repeat(begins - starts[:-1], stops - begins)
         wanted = [index for index, chunk in enumerate(chunks) if chunk.wants_token]
         return StepBatch(
-            token_ids=np.concatenate([c.sequence.tokens[c.start : c.stop] for c in chunks]),
-            positions=np.concatenate([np.arange(c.start, c.stop, dtype=np.int32) for c in chunks]),
+            token_ids=np.concatenate([c.sequence.all_tokens[c.start : c.stop] for c in chunks]),
+            positions=positions,
             query_starts=starts,
-            kv_lens=np.array([chunk.stop for chunk in chunks], np.int32),
-            block_table=block_table,
-            prompt_lens=np.array([chunk.sequence.num_prompt for chunk in chunks], np.int32),
+            kv_lens=stops,
+            # Blocks that later positions will use are allocated already, but not part of the step.
+            block_table=self.scheduler.cache.tables([s.number for s in sequences], stops),
+            prompt_lens=np.array([s.num_prompt for s in sequences], np.int32),
             logit_rows=starts[1:][wanted] - np.int32(1),
-            sampling=tuple(self._sample_row(chunks[index].sequence) for index in wanted),
+            sampling=tuple([self._sample_row(sequences[index]) for index in wanted]),
         )
 
     def _sample_row(self, sequence: SequenceState) -> SampleRow:
