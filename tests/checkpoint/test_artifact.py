@@ -13,13 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmforge.artifact import (
-    ArtifactWriter,
-    check_files,
-    check_free_space,
-    read_manifest,
-    verify_files,
-)
+from llmforge.artifact import check_files, read_manifest, verify_files
+from llmforge.artifact_writer import ArtifactWriter, check_free_space
 from llmforge.errors import OutputError, StoreError
 
 NAME = "manifest.yaml"
@@ -154,7 +149,7 @@ SLEEPER = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-from llmforge.artifact import ArtifactWriter
+from llmforge.artifact_writer import ArtifactWriter
 with ArtifactWriter(Path(sys.argv[1]), "manifest.yaml") as writer:
     (writer.directory / "half").write_text("half")
     print("ready", flush=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmforge import artifact
+from llmforge import artifact_writer
 from llmforge.checkpoint import families, pipeline
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.convert import convert
@@ -149,7 +149,7 @@ def test_failed_overwrite_keeps_the_old_checkpoint(hf_model: Make, output: Path)
 def test_too_little_space_is_refused_at_once(
     hf_model: Make, output: Path, assert_nothing_left: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact, "_free_space", lambda path: 1000)
+    monkeypatch.setattr(artifact_writer, "_free_space", lambda path: 1000)
     with pytest.raises(OutputError, match="not enough space"):
         convert(hf_model(), output, ConvertSettings())
     assert_nothing_left()
@@ -191,7 +191,7 @@ def test_disk_that_is_really_full(
     source = hf_model(config={"vocab_size": 4000})
     with pytest.raises(OutputError, match="not enough space"):
         convert(source, small_disk / "out", ConvertSettings())
-    monkeypatch.setattr(artifact, "_free_space", lambda path: 10**18)
+    monkeypatch.setattr(artifact_writer, "_free_space", lambda path: 10**18)
     with pytest.raises(OutputError, match="no space left while writing"):
         convert(source, small_disk / "out", ConvertSettings())
     assert list(small_disk.iterdir()) == []

@@ -31,7 +31,7 @@ for arguments in (["--help"], ["--version"]):
     assert CliRunner().invoke(cli, arguments).exit_code == 0
 early = [name for name in COMMANDS if f"llmforge.cli.{{name}}" in sys.modules]
 assert not early, f"the group's help loads {{early}}"
-assert "llmforge.settings" not in sys.modules
+assert not {{"llmforge.settings", "llmforge.settings_reading"}} & set(sys.modules)
 for name in COMMANDS:
     result = CliRunner().invoke(cli, [name, "--help"])
     assert result.exit_code == 0 and result.output.startswith("Usage:"), result.output

@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmforge.errors import SettingsError
-from llmforge.settings import (
-    SECTIONS,
-    BenchSettings,
-    BuildSettings,
-    ConvertSettings,
-    RunSettings,
-    check_target_options,
-    load_yaml,
-    merge,
-)
+from llmforge.settings import SECTIONS, BenchSettings, BuildSettings, ConvertSettings, RunSettings
+from llmforge.settings_reading import check_target_options, load_yaml, merge
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -16,7 +16,7 @@ from llmforge.checkpoint.convert import convert
 from llmforge.comm import LocalComm
 from llmforge.runtime.generate import generate
 from llmforge.runtime.requests import Request
-from llmforge.runtime.verify import _step_logits, compare_logits
+from llmforge.runtime.verify import compare_logits, step_logits
 from llmforge.settings import ConvertSettings
 
 by_name = pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.name)
@@ -48,7 +48,7 @@ def test_logits_are_within_what_rounding_explains(
     reference.save(tmp_path / "hf", getattr(torch, dtype))
     engine, executable = engine_of(tmp_path)
     tokens = np.random.default_rng(5).integers(VOCABULARY, size=(2, 20))
-    got = _step_logits(executable, LocalComm(), tokens, 0, 20, 20)
+    got = step_logits(executable, LocalComm(), tokens, 0, 20, 20)
     expected = torch.stack([reference.logits(row)[-1] for row in tokens.tolist()])
     comparison = compare_logits(got, expected.float().numpy(), engine.config)
     assert comparison.passed, comparison

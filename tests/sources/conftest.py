@@ -14,6 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "parity"))
 
 from models import BY_NAME, Case
+from references import BY_REFERENCE
 from safetensors.torch import load_file
 
 from llmforge.checkpoint.convert import convert
@@ -26,12 +27,16 @@ SAID_ELSEWHERE = {"family", "max_position", "bos_token_id", "eos_token_ids"}
 
 @pytest.fixture
 def hf(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Any], dict[str, torch.Tensor]]]:
-    """hf(case name or case, dtype=...): a saved transformers model, its config and its weights."""
+    """hf(case name or case, dtype=...): a saved transformers model, or one of references.py, its
+    config and its weights."""
 
     def make(
         case: str | Case, dtype: torch.dtype = torch.bfloat16
     ) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
         directory = tmp_path / "hf"
+        if isinstance(case, str) and case in BY_REFERENCE:
+            reference = BY_REFERENCE[case].save(directory, dtype)
+            return directory, reference.config, dict(reference.weights)
         model = (BY_NAME[case] if isinstance(case, str) else case).save(directory, dtype)
         return directory, model.config.to_dict(), load_file(directory / "model.safetensors")
 

@@ -110,6 +110,50 @@ MPT = {
     "up": "ffn.up_proj",
     "down": "ffn.down_proj",
 }
+INTERNLM2 = {
+    **LLAMA,
+    "embed": "model.tok_embeddings",
+    "head": "output",
+    "attention_norm": "attention_norm",
+    "mlp_norm": "ffn_norm",
+    "grouped": "attention.wqkv",
+    "o": "attention.wo",
+    "gate": "feed_forward.w1",
+    "up": "feed_forward.w3",
+    "down": "feed_forward.w2",
+}
+CHATGLM = {
+    "prefix": "transformer.encoder.layers.{i}.",
+    "embed": "transformer.embedding.word_embeddings",
+    "final_norm": "transformer.encoder.final_layernorm",
+    "head": "transformer.output_layer",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "qkv": "self_attention.query_key_value",
+    "o": "self_attention.dense",
+    "gate_up": "mlp.dense_h_to_4h",
+    "down": "mlp.dense_4h_to_h",
+}
+EXAONE = {
+    **GPT2,
+    "q": "attn.attention.q_proj",
+    "k": "attn.attention.k_proj",
+    "v": "attn.attention.v_proj",
+    "o": "attn.attention.out_proj",
+    "gate": "mlp.c_fc_0",
+    "up": "mlp.c_fc_1",
+    "down": "mlp.c_proj",
+}
+# Experts are put together by who writes them.
+MIXTRAL = {**LLAMA, "router": "block_sparse_moe.gate"}
+QWEN_MOE = {
+    **LLAMA,
+    "router": "mlp.gate",
+    "shared_gate": "mlp.shared_expert_gate",
+    "shared_gate_proj": "mlp.shared_expert.gate_proj",
+    "shared_up_proj": "mlp.shared_expert.up_proj",
+    "shared_down_proj": "mlp.shared_expert.down_proj",
+}
 NAMES = {
     "gemma2": GEMMA2,
     "phi3": PHI3,
@@ -123,6 +167,13 @@ NAMES = {
     "opt": OPT,
     "bloom": BLOOM,
     "mpt": MPT,
+    "internlm2": INTERNLM2,
+    "baichuan": {**LLAMA, "qkv": "self_attn.W_pack"},
+    "chatglm": CHATGLM,
+    "exaone": EXAONE,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN_MOE,
+    "qwen3_moe": QWEN_MOE,
 }
 OUTER = ("embed", "positions", "embed_norm", "final_norm", "head")
 # These have as many kv heads as heads, or say it in another way.
@@ -154,13 +205,13 @@ def model_parts(config: dict[str, Any], state: State, *, norms_whole: bool = Tru
     heads = _first(config, "num_attention_heads", "n_head", "n_heads")
     kv_heads = heads
     if kind not in WITHOUT_GROUPS:
-        kv_heads = config["num_key_value_heads"] or heads
+        kv_heads = _first(config, "num_key_value_heads", "multi_query_group_num") or heads
     if kind == "falcon" and config["new_decoder_architecture"]:
         kv_heads = config["num_kv_heads"]
     elif config.get("multi_query"):
         kv_heads = 1
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
-    count = _first(config, "num_hidden_layers", "n_layer", "n_layers")
+    count = _first(config, "num_hidden_layers", "num_layers", "n_layer", "n_layers")
     parts = Parts({}, [], heads, kv_heads, config.get("head_dim") or hidden // heads)
 
     def take(template: str) -> State:

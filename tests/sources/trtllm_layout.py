@@ -67,6 +67,42 @@ def layer_tensors(
     return found
 
 
+def add_experts(parts: Parts, state: State, kind: str) -> None:
+    """Stacks of all experts, "experts_gate", "experts_up" and "experts_down", to the layers."""
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    block = "mlp"
+    if kind == "mixtral":
+        names, block = {"gate": "w1", "up": "w3", "down": "w2"}, "block_sparse_moe"
+    for i, layer in enumerate(parts.layers):
+        for ours, theirs in names.items():
+            found = []
+            while (
+                name := f"model.layers.{i}.{block}.experts.{len(found)}.{theirs}.weight"
+            ) in state:
+                found.append(state[name])
+            layer[f"experts_{ours}.weight"] = torch.stack(found)
+
+
+def mixture_tensors(layer: State, tp: int, rank: int, groups: int) -> State:
+    """What rank `rank` of `tp` has of a mixture's experts, which `groups` groups of ranks share
+    (layers/moe.py, mapping.py); takes them out of `layer`."""
+    gate, up, down = (layer.pop(f"experts_{x}.weight") for x in ("gate", "up", "down"))
+    tp_rank, ep_rank = rank // groups, rank % groups
+    gate, up, down = (stack.chunk(groups)[ep_rank] for stack in (gate, up, down))
+    found = {
+        "mlp.fc.weight": torch.cat([x.chunk(tp // groups, 1)[tp_rank] for x in (up, gate)], 1),
+        "mlp.proj.weight": down.chunk(tp // groups, 2)[tp_rank],
+        "mlp.router.weight": layer.pop("router.weight").float(),
+    }
+    if "shared_gate.weight" in layer:
+        gate, up = (layer.pop(f"shared_{x}_proj.weight").chunk(tp)[rank] for x in ("gate", "up"))
+        found["shared_expert.fc.weight"] = torch.cat([up, gate])
+        down = layer.pop("shared_down_proj.weight")
+        found["shared_expert.proj.weight"] = down.chunk(tp, 1)[rank]
+        found["shared_expert_gate.weight"] = layer.pop("shared_gate.weight")
+    return found
+
+
 def write_trtllm(
     directory: Path,
     config: dict[str, Any],
@@ -80,10 +116,14 @@ def write_trtllm(
     fused: bool = False,
     parallel_embedding: int | None = None,
     duplicate_head: bool = True,
+    expert_groups: int = 1,
 ) -> Path:
     """`fields`: of the config, besides those that all have. `names`, `outer`: where they differ."""
     directory.mkdir()
     parts = model_parts(config, state)
+    mixture = "router.weight" in parts.layers[0]
+    if mixture:
+        add_experts(parts, state, config["model_type"])
     gated = "gate.weight" in parts.layers[0]
     layer_names = {**NAMES, "up": "mlp.gate" if gated else "mlp.fc", **(names or {})}
     outer_names = {**OUTER, **(outer or {})}
@@ -95,10 +135,11 @@ def write_trtllm(
     for stage, layers in enumerate(stages):
         for rank in range(tp):
             tensors: State = {}
-            for index, layer in enumerate(layers):
-                for name, tensor in layer_tensors(
-                    layer, parts, tp, rank, layer_names, fused
-                ).items():
+            for index, whole_layer in enumerate(layers):
+                layer = dict(whole_layer)
+                of_rank = mixture_tensors(layer, tp, rank, expert_groups) if mixture else {}
+                of_rank |= layer_tensors(layer, parts, tp, rank, layer_names, fused)
+                for name, tensor in of_rank.items():
                     tensors[f"transformer.layers.{index}.{name}"] = tensor
             for name, tensor in parts.outer.items():
                 part, x = name.split(".")
@@ -120,9 +161,17 @@ def write_trtllm(
         "num_key_value_heads": parts.kv_heads,
         "head_size": parts.head_dim,
         "hidden_size": parts.outer["embed.weight"].shape[1],
-        "intermediate_size": parts.layers[0]["up.weight"].shape[0],
-        "vocab_size": config["vocab_size"],
-        "mapping": {"world_size": tp * pp, "tp_size": tp, "pp_size": pp},
+        "intermediate_size": config["intermediate_size"]
+        if mixture
+        else parts.layers[0]["up.weight"].shape[0],
+        "vocab_size": parts.outer["embed.weight"].shape[0],
+        "mapping": {
+            "world_size": tp * pp,
+            "tp_size": tp,
+            "pp_size": pp,
+            "moe_tp_size": tp // expert_groups,
+            "moe_ep_size": expert_groups,
+        },
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
         "use_parallel_embedding": parallel_embedding is not None,
         "embedding_sharding_dim": parallel_embedding or 0,

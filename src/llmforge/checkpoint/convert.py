@@ -14,16 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmforge import __version__
-from llmforge.artifact import (
-    GB,
-    ArtifactWriter,
-    Manifest,
-    Progress,
-    Warn,
-    listed,
-    no_progress,
-    no_warning,
-)
+from llmforge.artifact import GB, Manifest, Progress, Warn, listed, no_progress, no_warning
+from llmforge.artifact_writer import ArtifactWriter
 from llmforge.checkpoint import store
 from llmforge.checkpoint.dtypes import convert_into, has_nonfinite, one_torch_thread
 from llmforge.checkpoint.families.own import OwnFamily

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmforge.artifact import ArtifactWriter, Manifest, check_files, listed, read_manifest
+from llmforge.artifact import Manifest, check_files, listed, read_manifest
+from llmforge.artifact_writer import ArtifactWriter
 from llmforge.checkpoint.config import DTYPE_BYTES, ModelConfig
 from llmforge.checkpoint.params import ParamSpec, parameters
 from llmforge.errors import StoreError

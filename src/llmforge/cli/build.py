@@ -19,7 +19,8 @@ from llmforge.cli.options import (
     project_settings,
     settings_options,
 )
-from llmforge.settings import BuildSettings, merge
+from llmforge.settings import BuildSettings
+from llmforge.settings_reading import merge
 
 if TYPE_CHECKING:
     from llmforge.engine.memory import MemoryPlan

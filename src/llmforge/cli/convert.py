@@ -18,7 +18,8 @@ from llmforge.cli.options import (
     settings_options,
 )
 from llmforge.errors import SettingsError
-from llmforge.settings import ConvertSettings, ProjectSettings, merge
+from llmforge.settings import ConvertSettings, ProjectSettings
+from llmforge.settings_reading import merge
 
 if TYPE_CHECKING:
     from llmforge.checkpoint.families.own import OwnFamily

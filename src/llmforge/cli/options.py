@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from llmforge.errors import SettingsError
-from llmforge.settings import ProjectSettings, kinds, load_yaml, option_name
+from llmforge.settings import ProjectSettings, kinds, option_name
+from llmforge.settings_reading import load_yaml
 
 if TYPE_CHECKING:
     from llmforge.model.definition import Definition

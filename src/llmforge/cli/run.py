@@ -11,7 +11,8 @@ import click
 
 from llmforge.cli.options import PATH, config_option, given, project_settings, settings_options
 from llmforge.errors import RequestError, SettingsError
-from llmforge.settings import RunSettings, merge
+from llmforge.settings import RunSettings
+from llmforge.settings_reading import merge
 
 if TYPE_CHECKING:
     from llmforge.comm import Comm

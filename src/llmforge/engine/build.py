@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmforge import __version__
-from llmforge.artifact import GB, ArtifactWriter, Manifest, Progress, Warn, no_progress, no_warning
+from llmforge.artifact import GB, Manifest, Progress, Warn, no_progress, no_warning
+from llmforge.artifact_writer import ArtifactWriter
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.params import parameters
 from llmforge.checkpoint.store import Checkpoint
@@ -18,13 +20,15 @@ from llmforge.engine.graphs import rank_graphs
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
 from llmforge.engine.store import FORMAT_VERSION, KIND, MANIFEST, rank_directory
+from llmforge.engine.target import Checksums, Target
 from llmforge.engine.target import target as find_target
 from llmforge.engine.weights import Array, RankWeights
 from llmforge.errors import BuildError, MemoryLimitError, SettingsError
-from llmforge.model.definition import Definition, load_pass
-from llmforge.model.graph import Parameter
+from llmforge.model.definition import Definition, OwnPass, load_pass
+from llmforge.model.graph import Graph, Parameter
 from llmforge.parallel import Topology
-from llmforge.settings import BuildSettings, check_target_options
+from llmforge.settings import BuildSettings
+from llmforge.settings_reading import check_target_options
 
 DEFAULT_TARGET = "cpu"
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -51,6 +55,47 @@ def build(
     or limits), MemoryLimitError, TargetError, StoreError (checkpoint), OutputError,
     DefinitionError.
     """
+    work = _planned(checkpoint_directory, settings, definition, warn)
+    on_plan(work.plans)
+    _check_memory(work.plans, settings.memory_limit_gb)
+    with ArtifactWriter(output, MANIFEST, overwrite=settings.overwrite) as writer:
+        writer.require_space(sum(work.on_disk))
+        for rank in range(work.topology.world_size):
+            rank_directory(writer.directory, rank).mkdir()
+        for rank, checksums in enumerate(_compiled(work, writer.directory, progress)):
+            for file, (size, checksum) in checksums.items():
+                writer.record(
+                    f"{rank_directory(writer.directory, rank).name}/{file}", size, checksum
+                )
+        tokenizer = work.checkpoint.directory / "tokenizer"
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, writer.directory / "tokenizer")
+        return writer.commit(_manifest(work))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be built: the whole of it, and for each rank its prepared graph, the memory that
+    it will need and the size of its weights. settings: with the target's name."""
+
+    checkpoint: Checkpoint
+    settings: BuildSettings
+    target: Target
+    topology: Topology
+    limits: Limits
+    definition: Definition | None
+    passes: Sequence[OwnPass]
+    graphs: Sequence[Graph]
+    plans: Sequence[MemoryPlan]
+    on_disk: Sequence[int]
+
+
+def _planned(
+    checkpoint_directory: Path,
+    settings: BuildSettings,
+    definition: Definition | None,
+    warn: Warn,
+) -> _Work:
     name = settings.target or DEFAULT_TARGET
     found = find_target(name)
     check_target_options(settings, name)
@@ -62,71 +107,71 @@ def build(
     )
     check_topology(config, topology)
     limits = resolve_limits(config, settings, warn, linear_cache=target.linear_cache)
-    ranks = range(topology.world_size)
     passes = [load_pass(named) for named in settings.passes]
     traced = rank_graphs(config, topology, definition, passes, warn)
     graphs = [target.prepare(graph) for graph in traced]
-    plans = [target.memory(graph, limits) for graph in graphs]
-    on_plan(plans)
-    _check_memory(plans, settings.memory_limit_gb)
-    created_from: dict[str, Any] = {"checkpoint": checkpoint.digest}
-    if definition is not None:
-        created_from["definition"] = definition.origin
-    if passes:
-        created_from["passes"] = {own.name: own.digest for own in passes}
     sizes = largest_step(limits)
-    on_disk = [sum(nbytes(p, sizes) for p in graph.parameters) for graph in graphs]
-    total = sum(on_disk)
-    with ArtifactWriter(output, MANIFEST, overwrite=settings.overwrite) as writer:
-        writer.require_space(total)
-        for rank in ranks:
-            rank_directory(writer.directory, rank).mkdir()
-        if target.compiles_apart:
-            peaks = [target.compile_peak(plan) for plan in plans]
-            jobs = [
-                RankJob(
-                    checkpoint_directory.resolve(),
-                    topology,
-                    rank,
-                    graph,
-                    dataclasses.replace(settings, target=name),
-                    limits,
-                    rank_directory(writer.directory, rank).resolve(),
-                    on_disk[rank],
-                    peaks[rank],
-                )
-                for rank, graph in enumerate(graphs)
-            ]
-            compiled = compile_apart(jobs, progress)
-        else:
-            compiled = []
-            for rank, graph in zip(ranks, graphs, strict=True):
-                source = RankWeights(checkpoint, topology, rank)
-                weights = _Reported(source, progress, rank, sum(on_disk[:rank]), total)
-                directory = rank_directory(writer.directory, rank)
-                compiled.append(target.compile(graph, weights, limits, directory))
-        for rank, checksums in enumerate(compiled):
-            for file, (size, checksum) in checksums.items():
-                writer.record(
-                    f"{rank_directory(writer.directory, rank).name}/{file}", size, checksum
-                )
-        tokenizer = checkpoint.directory / "tokenizer"
-        if tokenizer.is_dir():
-            shutil.copytree(tokenizer, writer.directory / "tokenizer")
-        return writer.commit(
-            {
-                "kind": KIND,
-                "format_version": FORMAT_VERSION,
-                "llmforge": __version__,
-                "created_from": created_from,
-                "target": target.name,
-                "target_details": target.details(),
-                "topology": dataclasses.asdict(topology),
-                "limits": dataclasses.asdict(limits),
-                "memory": [dataclasses.asdict(plan) for plan in plans],
-                "config": config.to_dict(),
-            }
-        )
+    return _Work(
+        checkpoint,
+        dataclasses.replace(settings, target=name),
+        target,
+        topology,
+        limits,
+        definition,
+        passes,
+        graphs,
+        plans=[target.memory(graph, limits) for graph in graphs],
+        on_disk=[sum(nbytes(p, sizes) for p in graph.parameters) for graph in graphs],
+    )
+
+
+def _compiled(work: _Work, engine: Path, progress: Progress) -> list[Checksums]:
+    """What each rank's `compile` returned, once all have filled their directories."""
+    target = work.target
+    directories = [rank_directory(engine, rank) for rank in range(work.topology.world_size)]
+    if target.compiles_apart:
+        jobs = [
+            RankJob(
+                work.checkpoint.directory.resolve(),
+                work.topology,
+                rank,
+                graph,
+                work.settings,
+                work.limits,
+                directories[rank].resolve(),
+                work.on_disk[rank],
+                target.compile_peak(work.plans[rank]),
+            )
+            for rank, graph in enumerate(work.graphs)
+        ]
+        return compile_apart(jobs, progress)
+    compiled = []
+    total = sum(work.on_disk)
+    for rank, (graph, directory) in enumerate(zip(work.graphs, directories, strict=True)):
+        source = RankWeights(work.checkpoint, work.topology, rank)
+        weights = _Reported(source, progress, rank, sum(work.on_disk[:rank]), total)
+        compiled.append(target.compile(graph, weights, work.limits, directory))
+    return compiled
+
+
+def _manifest(work: _Work) -> dict[str, Any]:
+    created_from: dict[str, Any] = {"checkpoint": work.checkpoint.digest}
+    if work.definition is not None:
+        created_from["definition"] = work.definition.origin
+    if work.passes:
+        created_from["passes"] = {own.name: own.digest for own in work.passes}
+    return {
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "llmforge": __version__,
+        "created_from": created_from,
+        "target": work.target.name,
+        "target_details": work.target.details(),
+        "topology": dataclasses.asdict(work.topology),
+        "limits": dataclasses.asdict(work.limits),
+        "memory": [dataclasses.asdict(plan) for plan in work.plans],
+        "config": work.checkpoint.config.to_dict(),
+    }
 
 
 class _Reported:

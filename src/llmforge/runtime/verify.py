@@ -106,7 +106,7 @@ def compare_with_transformers(
     expected = _reference_logits(hf_directory, config, tokens)[:, prompt_len - 1 : -1]
     got = np.stack(
         [
-            _step_logits(executable, comm, tokens, start, stop, prompt_len)
+            step_logits(executable, comm, tokens, start, stop, prompt_len)
             for start, stop in [(0, prompt_len)]
             + [(at, at + 1) for at in range(prompt_len, prompt_len + decode_steps - 1)]
         ],
@@ -131,7 +131,7 @@ def compare_logits(got: Float32, expected: Float32, config: ModelConfig) -> Comp
     )
 
 
-def _step_logits(
+def step_logits(
     executable: Executable,
     comm: Comm,
     tokens: np.ndarray[Any, Any],

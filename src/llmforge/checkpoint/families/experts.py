@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmforge.checkpoint.config import ModelConfig
+from llmforge.checkpoint.config import ModelConfig, MoeConfig
 from llmforge.checkpoint.families.base import RMS_EPS, ROTARY_AND_MASKS, Rules, rename
 from llmforge.checkpoint.families.llama import ATTENTION, ENDS, MLP, PRE_NORMS
 from llmforge.checkpoint.hf_config import Fields
@@ -60,6 +60,18 @@ def read_top_k(fields: Fields, name: str, default: Any, experts: int) -> int:
     if top_k > experts:
         raise fields.bad(name, f"at most the number of experts ({experts})")
     return top_k
+
+
+def read_mixture(fields: Fields, count: int, top_k: int, **own: Any) -> MoeConfig:
+    """A mixture of the usual fields, on every layer. count, top_k: where the file does not say.
+    own: the rest of MoeConfig."""
+    count = fields.integer("num_experts", count)
+    return MoeConfig(
+        num_experts=count,
+        top_k=read_top_k(fields, "num_experts_per_tok", top_k, count),
+        expert_size=fields.integer("intermediate_size"),
+        **own,
+    )
 
 
 def read_groups(

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from llmforge.checkpoint.config import ModelConfig, MoeConfig
+from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.families.base import (
     ROTARY_AND_MASKS,
     Family,
@@ -15,7 +15,7 @@ from llmforge.checkpoint.families.base import (
     read_common,
     rename,
 )
-from llmforge.checkpoint.families.experts import DOWN, EXPERT_ALIASES, GATE_UP, read_top_k
+from llmforge.checkpoint.families.experts import DOWN, EXPERT_ALIASES, GATE_UP, read_mixture
 from llmforge.checkpoint.families.llama import ATTENTION, ENDS, PRE_NORMS
 from llmforge.checkpoint.hf_config import Fields, read_windows_by_type
 from llmforge.checkpoint.mapping import Rule
@@ -40,11 +40,10 @@ def _read(family: Family, fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias", True)
     window = fields.integer("sliding_window", 128)
     types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
-    count = fields.integer("num_experts", 128)
-    moe = MoeConfig(
-        num_experts=count,
-        top_k=read_top_k(fields, "num_experts_per_tok", 4, count),
-        expert_size=fields.integer("intermediate_size"),
+    moe = read_mixture(
+        fields,
+        count=128,
+        top_k=4,
         normalize=True,
         router_bias=True,
         expert_bias=True,

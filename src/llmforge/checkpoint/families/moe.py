@@ -30,6 +30,7 @@ from llmforge.checkpoint.families.experts import (
     experts,
     next_token_layers,
     read_groups,
+    read_mixture,
     read_top_k,
     router,
     shared_expert,
@@ -43,13 +44,7 @@ from llmforge.safetensors_io import Array
 
 def _read_mixtral(family: Family, fields: Fields) -> ModelConfig:
     layers = fields.integer("num_hidden_layers")
-    count = fields.integer("num_experts", 8)
-    moe = MoeConfig(
-        num_experts=count,
-        top_k=read_top_k(fields, "num_experts_per_tok", 2, count),
-        expert_size=fields.integer("intermediate_size"),
-        normalize=True,
-    )
+    moe = read_mixture(fields, count=8, top_k=2, normalize=True)
     windows = (read_window(family, fields),) * layers
     return read_common(family, fields, moe=moe, sliding_window=windows)
 
@@ -141,13 +136,7 @@ _QWEN2_MOE: Rules = (
 
 def _read_olmoe(family: Family, fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias", family.default("attention_bias"))
-    count = fields.integer("num_experts", 64)
-    moe = MoeConfig(
-        num_experts=count,
-        top_k=read_top_k(fields, "num_experts_per_tok", 8, count),
-        expert_size=fields.integer("intermediate_size"),
-        normalize=fields.flag("norm_topk_prob", False),
-    )
+    normalize = fields.flag("norm_topk_prob", False)
     return read_common(
         family,
         fields,
@@ -156,19 +145,12 @@ def _read_olmoe(family: Family, fields: Fields) -> ModelConfig:
         qk_norm=True,
         qk_norm_span="all",
         qkv_clamp=fields.number("clip_qkv") if fields.has("clip_qkv") else None,
-        moe=moe,
+        moe=read_mixture(fields, count=64, top_k=8, normalize=normalize),
     )
 
 
 def _read_granite_moe(family: Family, fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias", family.default("attention_bias"))
-    count = fields.integer("num_experts", 8)
-    moe = MoeConfig(
-        num_experts=count,
-        top_k=read_top_k(fields, "num_experts_per_tok", 2, count),
-        expert_size=fields.integer("intermediate_size"),
-        normalize=True,
-    )
     return read_common(
         family,
         fields,
@@ -178,7 +160,7 @@ def _read_granite_moe(family: Family, fields: Fields) -> ModelConfig:
         attention_scale=fields.number("attention_multiplier", 1.0),
         residual_scale=fields.number("residual_multiplier", 1.0),
         logit_scale=1 / fields.number("logits_scaling", 1.0),
-        moe=moe,
+        moe=read_mixture(fields, count=8, top_k=2, normalize=True),
     )
 
 

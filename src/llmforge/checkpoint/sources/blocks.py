@@ -38,7 +38,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Pieced:
-    """A vector or matrix whose blocks cover it exactly. A row of a vector is one element."""
+    """A vector or matrix whose blocks cover it exactly, or a stack of matrices. A row of a vector
+    is one element, a row of a stack one matrix."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -134,6 +135,21 @@ def cut(tensor: Pieced, sizes: Sequence[int]) -> list[Pieced]:
     assert sum(sizes) == tensor.shape[0], (sizes, tensor.shape)
     ends = itertools.accumulate(sizes)
     return [tensor.rows(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def unstacked(tensor: Pieced) -> list[Pieced]:
+    """The matrices of a stack whose bytes lie end to end."""
+    [block] = tensor.blocks
+    rows, shape = tensor.shape[1], tensor.shape[1:]
+    width = tensor.row_bytes // max(rows, 1)
+    return [
+        Pieced(
+            tensor.dtype,
+            shape,
+            (Block(0, rows, 0, width, block.fill, block.first + index * tensor.row_bytes),),
+        )
+        for index in range(tensor.shape[0])
+    ]
 
 
 def by_group(tensor: Pieced, groups: int, sizes: Sequence[int]) -> list[Pieced]:

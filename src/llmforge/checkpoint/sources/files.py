@@ -19,7 +19,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from llmforge.artifact import check_free_space, stays_inside
+from llmforge.artifact import stays_inside
+from llmforge.artifact_writer import check_free_space
 from llmforge.errors import SourceError
 from llmforge.safetensors_io import LFS_POINTER, read_into
 

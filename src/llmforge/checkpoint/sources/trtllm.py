@@ -5,6 +5,7 @@ Layout: PretrainedModel.from_checkpoint and Mapping in https://github.com/NVIDIA
 (tensorrt_llm/models/modeling_utils.py, tensorrt_llm/mapping.py): rank = stage * tp_size + tp_rank,
 and each stage counts its layers from zero. A rank's qkv is its q, its k, its v, kv heads that are
 fewer than the ranks being repeated; biases behind row-parallel products count on the first rank.
+Experts: trtllm_experts.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ from llmforge.checkpoint.sources.pieced import (
     tied,
 )
 from llmforge.checkpoint.sources.tokens import tokens
+from llmforge.checkpoint.sources.trtllm_experts import (
+    EXPERTS,
+    expert_groups,
+    join_experts,
+    join_up_and_gate,
+    read_moe,
+)
 from llmforge.checkpoint.sources.trtllm_families import (
     ACTIVATIONS,
     ARCHITECTURES,
@@ -52,11 +60,20 @@ _SPELLINGS = (
 )
 _QKV = re.compile(r".*\.attention\.qkv\.(weight|bias)")
 _FC = re.compile(r".*\.mlp\.fc\.(weight|bias)")
+_SHARED_FC = re.compile(r".*\.shared_expert\.fc\.weight")
 _ROWS = re.compile(r".*\.mlp\.(fc|gate)\.(weight|bias)|lm_head\.(weight|bias)")
-_COLUMNS = re.compile(r".*\.(attention\.dense|mlp\.proj)\.weight")
+_COLUMNS = re.compile(r".*\.(attention\.dense|mlp\.proj|shared_expert\.proj)\.weight")
 _PARALLEL_TABLE = re.compile(r"transformer\.(vocab|position)_embedding\.weight")
+Joiner = Callable[[str, Sequence[Pieced]], dict[str, Pieced]]
+"""Called as joined(name, the parts of a stage's ranks): what they make up, by name."""
 _KV_SCALES = Ignore(r".*kv_cache_(rcp_)?scaling_factor", "the scales of a quantized KV cache")
 _REFUSED = ("residual_mlp", "is_pruned", "use_logn_attn", "inner_layernorm", "embedding_scale")
+_QWEN_TYPES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 
 def is_trtllm(directory: Path) -> bool:
@@ -84,7 +101,10 @@ def trtllm_source(directory: Path, warn: Warn = no_warning) -> PiecedSource:
         )
     files = [SafetensorsFile(file, SourceError) for file in paths]
     try:
-        pieces = _join([_tensors(file) for file in files], tp, fields, where)
+        joiner = functools.partial(_joined, fields=fields, where=where)
+        if architecture.mixture:
+            joiner = functools.partial(_joined_mixture, fields=fields, where=where)
+        pieces = _join([_tensors(file) for file in files], tp, joiner, where)
         config = _config(architecture, fields, pieces)
         fused = architecture.fused_mlp is not None and not any(".mlp.gate." in n for n in pieces)
         rules = architecture.fused_mlp if fused else architecture.rules
@@ -133,11 +153,7 @@ def _architecture(path: Path, data: Mapping[str, Any]) -> Architecture:
     wanted = {name, f"{name}:{data.get('gpt_variant')}"}
     if name == "QWenForCausalLM":
         # Before the classes of Hugging Face were named, this one said what it is in a field.
-        wanted = {
-            {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(
-                str(data.get("qwen_type")), name
-            )
-        }
+        wanted = {_QWEN_TYPES.get(str(data.get("qwen_type")), name)}
     for architecture in ARCHITECTURES:
         if wanted & set(architecture.names):
             return architecture
@@ -201,12 +217,9 @@ def _refuse(fields: Fields, architecture: Architecture, warn: Warn) -> None:
             f"{fields.path}: position_embedding_type = {positions!r} is not supported for "
             f"{fields.data['architecture']}; supported: {', '.join(architecture.positions)}"
         )
-    moe = fields.data.get("moe")
-    experts = (
-        moe.get("num_experts") if isinstance(moe, dict) else fields.data.get("moe_num_experts")
-    )
     refused = {name: fields.data.get(name) for name in _REFUSED}
-    refused["moe.num_experts"] = experts
+    if not architecture.mixture:
+        refused["moe.num_experts"] = read_moe(fields).data.get("num_experts")
     mapping = fields.table("mapping")
     refused["mapping.auto_parallel"] = mapping and mapping.data.get("auto_parallel")
     if not architecture.qk_norm:
@@ -240,7 +253,7 @@ def _tensors(file: SafetensorsFile) -> dict[str, Pieced]:
 
 
 def _join(
-    ranks: Sequence[Mapping[str, Pieced]], tp: int, fields: Fields, where: str
+    ranks: Sequence[Mapping[str, Pieced]], tp: int, joined: Joiner, where: str
 ) -> dict[str, Pieced]:
     """The whole model's tensors, by names that count its layers from the first to the last."""
     pieces: dict[str, Pieced] = {}
@@ -256,20 +269,28 @@ def _join(
             if full in pieces:
                 continue  # a table that more than one stage has
             parts = [rank[name] for rank in of_stage]
-            pieces |= _joined(full, parts, fields, where)
+            pieces |= joined(full, parts)
         layers += max(local, default=-1) + 1
     return pieces
+
+
+def _joined_mixture(
+    name: str, parts: Sequence[Pieced], fields: Fields, where: str
+) -> dict[str, Pieced]:
+    """`_joined` of a model whose every layer is a mixture of experts."""
+    if EXPERTS.fullmatch(name):
+        groups = expert_groups(fields, len(parts))
+        return join_experts(name, parts, fields.integer("num_experts"), groups, where)
+    if _SHARED_FC.fullmatch(name):
+        return join_up_and_gate(name, parts, where)
+    return _joined(name, parts, fields, where)
 
 
 def _joined(name: str, parts: Sequence[Pieced], fields: Fields, where: str) -> dict[str, Pieced]:
     if _QKV.fullmatch(name):
         return _split_qkv(name, parts, fields, where)
     if _FC.fullmatch(name) and _is_fused(parts, fields):
-        halves = [cut(part, [part.shape[0] // 2] * 2) for part in parts]
-        return {
-            f"{name}[up]": join_ranks(name, [up for up, _ in halves], False, where),
-            f"{name}[gate]": join_ranks(name, [gate for _, gate in halves], False, where),
-        }
+        return join_up_and_gate(name, parts, where)
     if _ROWS.fullmatch(name):
         return {name: _without_padding(name, join_ranks(name, parts, False, where), fields)}
     if _COLUMNS.fullmatch(name):

@@ -3,7 +3,8 @@ has the family's fields, what its code fixes, and what its tensors are.
 
 Sources, in https://github.com/NVIDIA/TensorRT-LLM up to release 1.2: PretrainedConfig in
 tensorrt_llm/models/modeling_utils.py with each model's config.py for the fields, each model's
-convert.py, or examples/MODEL/convert_checkpoint.py, for names and layouts. Its GELU is always the
+convert.py, or examples/MODEL/convert_checkpoint.py, for names and layouts; for LLaMA's and QWen's
+classes under other names, MODEL_MAP in tensorrt_llm/models/__init__.py. Its GELU is always the
 approximation by tanh; here it is what the original model has.
 """
 
@@ -18,10 +19,13 @@ from llmforge.checkpoint.families.base import (
     both,
     halved,
     plain_mlp,
+    refuse,
     rename,
 )
+from llmforge.checkpoint.families.experts import DOWN, GATE_UP, router
 from llmforge.checkpoint.hf_config import Fields
 from llmforge.checkpoint.mapping import Rule
+from llmforge.checkpoint.sources.trtllm_experts import AS_THEY_ARE, NORMALISED, read_router
 
 LAYER = "transformer.layers.{i}."
 
@@ -75,6 +79,20 @@ _FUSED_MLP: Rules = (
 )
 
 
+# MixtureOfExperts, whose experts `trtllm_experts` takes apart: as in an MLP with "swiglu".
+_MIXTURE: Rules = (
+    router(f"{LAYER}mlp.router"),
+    Rule((f"{LAYER}mlp.fc.weight[{{e}}.gate]", f"{LAYER}mlp.fc.weight[{{e}}.up]"), (GATE_UP,)),
+    Rule((f"{LAYER}mlp.proj.weight[{{e}}]",), (DOWN,)),
+)
+_SHARED_EXPERT: Rules = (
+    rename(f"{LAYER}shared_expert.fc.weight[gate]", "layers.{i}.moe.shared.gate.weight"),
+    rename(f"{LAYER}shared_expert.fc.weight[up]", "layers.{i}.moe.shared.up.weight"),
+    rename(f"{LAYER}shared_expert.proj.weight", "layers.{i}.moe.shared.down.weight"),
+    rename(f"{LAYER}shared_expert_gate.weight", "layers.{i}.moe.shared_gate.weight"),
+)
+
+
 def _norms(mlp: str = "post_layernorm") -> Rules:
     return (
         *both(f"{LAYER}input_layernorm", "layers.{i}.attention_norm"),
@@ -105,7 +123,7 @@ class Architecture:
     config. rules: tensors, `fused_mlp` those where gate and up are one. aliases: the family's name
     of a field → the config's, besides COMMON. fixed: fields of the family that the class implies.
     positions: what `position_embedding_type` may be. qk_norm: whether `qk_layernorm` may be set.
-    warning: for the user.
+    mixture: every layer is a mixture of experts. warning: for the user.
     """
 
     names: tuple[str, ...]
@@ -116,6 +134,7 @@ class Architecture:
     fixed: Callable[[Fields], dict[str, Any]] = lambda fields: {}
     positions: tuple[str, ...] = ("rope_gpt_neox",)
     qk_norm: bool = False
+    mixture: bool = False
     warning: str = ""
 
 
@@ -173,6 +192,30 @@ def _mpt(fields: Fields) -> dict[str, Any]:
     }
 
 
+def _baichuan(fields: Fields) -> dict[str, Any]:
+    """7B has rope; 13B has ALiBi, and its family calls the length otherwise."""
+    if fields.data.get("position_embedding_type") != "alibi":
+        return {}
+    length = fields.integer("max_position_embeddings")
+    return {"max_position_embeddings": None, "model_max_length": length}
+
+
+def _chatglm(fields: Fields) -> dict[str, Any]:
+    """Of the class that is also GLM-10B, ChatGLM-6B and GLM-4, only ChatGLM 2 and 3."""
+    refuse(fields, "chatglm_version", "chatglm2", "chatglm3")
+    refuse(fields, "rotary_base", 10000.0)
+    refuse(fields, "rotary_scaling")
+    refuse(fields, "rotary_pct", 0.5)
+    return {
+        "kv_channels": fields.integer("head_size"),
+        "multi_query_attention": True,
+        "multi_query_group_num": fields.integer("num_key_value_heads"),
+        "add_qkv_bias": fields.flag("add_qkv_bias", True),
+    }
+
+
+_EVERY_LAYER = {"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_NO_WINDOW = "TensorRT-LLM checkpoints do not record a sliding window: full attention is taken"
 _GELU_TANH = {"hidden_act": "gelu_pytorch_tanh"}
 
 ARCHITECTURES = (
@@ -182,7 +225,7 @@ ARCHITECTURES = (
         "mistral",
         _llama(),
         fixed=lambda fields: {"sliding_window": None},
-        warning="TensorRT-LLM checkpoints do not record a sliding window: full attention is taken",
+        warning=_NO_WINDOW,
     ),
     Architecture(
         ("GraniteForCausalLM",),
@@ -252,7 +295,7 @@ ARCHITECTURES = (
         _GPT,
         aliases={"use_bias": "bias"},
         fixed=lambda fields: {"sliding_window": None, **_GELU_TANH},
-        warning="TensorRT-LLM checkpoints do not record a sliding window: full attention is taken",
+        warning=_NO_WINDOW,
     ),
     Architecture(
         ("NemotronForCausalLM", "GPTForCausalLM:nemotron"),
@@ -293,5 +336,57 @@ ARCHITECTURES = (
     ),
     Architecture(
         ("MPTForCausalLM", "MptForCausalLM"), "mpt", _GPT, fixed=_mpt, positions=("alibi",)
+    ),
+    Architecture(
+        ("InternLM2ForCausalLM",),
+        "internlm2",
+        _llama(),
+        fixed=lambda fields: {"bias": fields.flag("attn_bias", False)},
+    ),
+    # The head of Baichuan 2 is stored normalised (models/baichuan/convert.py).
+    Architecture(
+        ("BaichuanForCausalLM", "BaiChuanForCausalLM"),
+        "baichuan",
+        _llama(),
+        fixed=_baichuan,
+        positions=("rope_gpt_neox", "alibi"),
+    ),
+    Architecture(
+        ("ChatGLMModel", "ChatGLMForCausalLM", "ChatGLMForConditionalGeneration"),
+        "chatglm",
+        (*_ENDS, *_norms(), *_INTERLEAVED, *_FUSED_MLP),
+        fixed=_chatglm,
+        positions=("rope_gptj",),
+    ),
+    Architecture(("ExaoneForCausalLM",), "exaone", _llama()),
+    Architecture(
+        ("MixtralForCausalLM",),
+        "mixtral",
+        _llama(_MIXTURE),
+        fixed=lambda fields: {**read_router(fields, NORMALISED), "sliding_window": None},
+        mixture=True,
+        warning=_NO_WINDOW,
+    ),
+    Architecture(
+        ("Qwen2MoeForCausalLM",),
+        "qwen2_moe",
+        _llama((*_MIXTURE, *_SHARED_EXPERT)),
+        aliases={
+            "qkv_bias": "attn_bias",
+            "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+        },
+        fixed=lambda fields: {
+            **read_router(fields, AS_THEY_ARE, NORMALISED),
+            **_EVERY_LAYER,
+        },
+        mixture=True,
+    ),
+    Architecture(
+        ("Qwen3MoeForCausalLM",),
+        "qwen3_moe",
+        _llama(_MIXTURE),
+        fixed=lambda fields: {**read_router(fields, AS_THEY_ARE, NORMALISED), **_EVERY_LAYER},
+        qk_norm=True,
+        mixture=True,
     ),
 )

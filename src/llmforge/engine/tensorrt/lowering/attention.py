@@ -180,8 +180,8 @@ def stored(g: Lowering, new: Sequence[Value], states: Sequence[Tensor]) -> list[
 
 def visible(g: Lowering, which: str, window: int | None, *, groups: bool) -> Value:
     """Whether each query sees each key: [B, 1, S, keys], with `groups` [B, 1, 1, S, keys]."""
-    key = ("visible", which, window, groups)
-    if key not in g.made:
+
+    def made() -> Value:
         net = g.net
         queries, keys = _positions(g, which, groups=groups)
         if which == "cache":
@@ -189,12 +189,12 @@ def visible(g: Lowering, which: str, window: int | None, *, groups: bool) -> Val
             seen = net.elementwise("LESS", keys, past)
         else:
             seen = net.unary("NOT", net.elementwise("GREATER", keys, queries))
-        if window is not None:
-            near = net.elementwise("GREATER", keys, net.sub(queries, window))
-            seen = net.elementwise("AND", seen, near)
-        g.made[key] = seen
-    mask: Value = g.made[key]
-    return mask
+        if window is None:
+            return seen
+        near = net.elementwise("GREATER", keys, net.sub(queries, window))
+        return net.elementwise("AND", seen, near)
+
+    return g.once(("visible", which, window, groups), made)
 
 
 def _positions(g: Lowering, which: str, *, groups: bool) -> tuple[Value, Value]:
@@ -211,23 +211,23 @@ def _positions(g: Lowering, which: str, *, groups: bool) -> tuple[Value, Value]:
 def _mask(g: Lowering, which: str, window: int | None) -> Value:
     """What is added to scores [B, kv heads, group, S, keys]: 0, or `_MASKED` where a query does
     not see a key."""
-    key = ("mask", which, window)
-    if key not in g.made:
+
+    def made() -> Value:
         seen = visible(g, which, window, groups=True)
         zero, masked = (g.floats(number, (1,) * 5) for number in (0.0, _MASKED))
-        g.made[key] = g.net.select(seen, zero, masked)
-    mask: Value = g.made[key]
-    return mask
+        return g.net.select(seen, zero, masked)
+
+    return g.once(("mask", which, window), made)
 
 
 def _behind(g: Lowering, which: str) -> Value:
     """How many positions each key is behind each query, float32."""
-    key = ("behind", which)
-    if key not in g.made:
+
+    def made() -> Value:
         queries, keys = _positions(g, which, groups=True)
-        g.made[key] = g.net.cast(g.net.sub(queries, keys), "float32")
-    behind: Value = g.made[key]
-    return behind
+        return g.net.cast(g.net.sub(queries, keys), "float32")
+
+    return g.once(("behind", which), made)
 
 
 # -- scores ----------------------------------------------------------------------------------------

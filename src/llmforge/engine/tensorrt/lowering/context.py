@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,13 @@ class Lowering:
     caches: list[CachePlan] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     node: Node | None = None
-    made: dict[Any, Any] = field(default_factory=dict)  # what several nodes share, by key
+    made: dict[Any, Value] = field(default_factory=dict)  # what several nodes share, by key
+
+    def once(self, key: Any, make: Callable[[], Value]) -> Value:
+        """What `make` gave the first time that it was asked for by this key."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     @property
     def capacity(self) -> int:
@@ -65,23 +72,23 @@ class Lowering:
     def vector(self, parameter: Tensor, shape: tuple[int, ...], dtype: str | None = None) -> Value:
         """A parameter as a constant of this shape (and dtype, where it is not its own)."""
         assert isinstance(parameter, Parameter)
-        key = (parameter.name, shape, dtype)
-        if key not in self.made:
+
+        def constant() -> Value:
             array = self.weights.map(parameter).reshape(shape)
             if dtype is not None:
                 array = np.ascontiguousarray(array.astype(dtype))
-            self.made[key] = self.net.constant(array)
-        constant: Value = self.made[key]
-        return constant
+            return self.net.constant(array)
+
+        return self.once((parameter.name, shape, dtype), constant)
 
     def integers(self, *numbers: int, shape: tuple[int, ...] | None = None) -> Value:
         """A constant of int32 numbers."""
-        key = (numbers, shape)
-        if key not in self.made:
+
+        def constant() -> Value:
             array = np.array(numbers, np.int32)
-            self.made[key] = self.net.constant(array if shape is None else array.reshape(shape))
-        constant: Value = self.made[key]
-        return constant
+            return self.net.constant(array if shape is None else array.reshape(shape))
+
+        return self.once((numbers, shape), constant)
 
     def floats(self, numbers: Any, shape: tuple[int, ...]) -> Value:
         """A constant of float32 numbers."""
