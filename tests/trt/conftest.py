@@ -30,6 +30,6 @@ def nothing_at_home(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """What executables keep from run to run goes into a directory of the test's."""
-    from llmforge.engine.tensorrt import runtime_cache
+    from llmforge.engine.tensorrt import cache_file
 
-    monkeypatch.setattr(runtime_cache, "DEFAULT_CACHE", tmp_path_factory.mktemp("cache") / "x")
+    monkeypatch.setattr(cache_file, "DEFAULT_CACHE", tmp_path_factory.mktemp("cache") / "x")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import tensorrt_rtx
 from emulation import MAGIC, EmulatedRuntimeConfig, Machine, Module
 
+from llmforge.engine.tensorrt import cache_file
 from llmforge.engine.tensorrt.io import DECODE, PREFILL
 from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.runtime_cache import RuntimeCache, runtime_cache_path
@@ -60,3 +62,10 @@ def test_each_version_and_kind_of_gpu_has_a_file_of_its_own() -> None:
     package = Package("tensorrt-rtx", Module(Machine()))
     path = runtime_cache_path(package, "NVIDIA GeForce RTX 5090")
     assert path.name == f"tensorrt_rtx-{package.version}-NVIDIA-GeForce-RTX-5090.cache"
+
+
+def test_what_is_kept_lies_in_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_file, "DEFAULT_CACHE", Path("~/.cache/llmforge/kernels"))
+    for kind in ("runtime", "timing"):
+        path = cache_file.cache_path(kind, "name")
+        assert path == Path.home() / ".cache" / "llmforge" / kind / "name.cache"

@@ -12,11 +12,11 @@ from typing import Any
 
 from llmforge.checksum import new_checksum
 from llmforge.engine.target import Weights
+from llmforge.engine.tensorrt.cache_file import cache_path, replace_file
 from llmforge.engine.tensorrt.io import Profile
 from llmforge.engine.tensorrt.lowering.rank import Engine
 from llmforge.engine.tensorrt.package import Package
 from llmforge.errors import BuildError
-from llmforge.kernels.compile import DEFAULT_CACHE
 
 _RELEASE_SECONDS = 0.1
 
@@ -68,7 +68,7 @@ def build_engine(
             raise BuildError(package.messages.reason(f"{path.name} cannot be built"))
         result = file.finish()
     if cache is not None and options.timing_cache is not None:
-        _store_timing_cache(config, options.timing_cache)
+        replace_file(options.timing_cache, bytes(config.get_timing_cache().serialize()))
     return result
 
 
@@ -160,7 +160,7 @@ def timing_cache_path(package: Package) -> Path | None:
     """Where what this version measured is kept; it says itself of which GPU it is."""
     if not package.features.timing_cache:
         return None
-    return DEFAULT_CACHE.parent / "timing" / f"{package.name}-{package.version}.cache"
+    return cache_path("timing", f"{package.name}-{package.version}")
 
 
 def _load_timing_cache(package: Package, config: Any, path: Path | None) -> Any:
@@ -178,11 +178,3 @@ def _load_timing_cache(package: Package, config: Any, path: Path | None) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
-
-
-def _store_timing_cache(config: Any, path: Path) -> None:
-    """Written beside and renamed: builds that run at the same time each leave a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
-    temporary.replace(path)

@@ -8,21 +8,19 @@ that; prefill calls come in any length and use kernels for all of them.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from llmforge.engine.tensorrt.cache_file import cache_path, replace_file
 from llmforge.engine.tensorrt.io import DECODE
 from llmforge.engine.tensorrt.package import Package
-from llmforge.kernels.compile import DEFAULT_CACHE
 
 
 def runtime_cache_path(package: Package, gpu: str) -> Path:
     """Where what was compiled for this kind of GPU is kept."""
     kind = re.sub(r"\W+", "-", gpu)
-    directory = DEFAULT_CACHE.expanduser().parent / "runtime"
-    return directory / f"{package.name}-{package.version}-{kind}.cache"
+    return cache_path("runtime", f"{package.name}-{package.version}-{kind}")
 
 
 class RuntimeCache:
@@ -56,8 +54,5 @@ class RuntimeCache:
         blob = b"" if self._cache is None else bytes(self._cache.serialize())
         if not blob or blob == self._read:
             return
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(blob)
-            temporary.replace(self._path)
+            replace_file(self._path, blob)
