@@ -6,6 +6,7 @@ order of a sum) is the caller's. Every rank of a group makes the same calls in t
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from llmforge.errors import RankError
@@ -152,3 +153,10 @@ class MpiComm:
     def _buffer(self, array: Array) -> list[Any]:
         assert array.flags.c_contiguous, "MPI moves contiguous arrays only"
         return [array.reshape(-1).view("u1").data, self._byte]
+
+
+def local_ranks(comm: Comm) -> tuple[int, int]:
+    """This rank's number among the ranks of its machine, and how many they are."""
+    nodes = comm.gather(platform.node())
+    here = nodes[comm.rank]
+    return nodes[: comm.rank].count(here), nodes.count(here)

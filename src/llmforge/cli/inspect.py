@@ -12,7 +12,7 @@ import click
 
 from llmforge import checksum
 from llmforge.cli.options import PATH, definition_option, json_option, own_definition
-from llmforge.errors import SettingsError, StoreError
+from llmforge.errors import SettingsError
 from llmforge.settings import ProjectSettings
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from llmforge.model.graph import Graph, Node, Parameter
 
 # The graph that a target's `compile` leaves in a rank's directory.
-_GRAPH_FILE = "graph.json"
 
 
 @click.command("inspect")
@@ -147,7 +146,7 @@ def _graph(
 ) -> Graph:
     from llmforge.cli.errors import warn
     from llmforge.engine.graphs import rank_graphs
-    from llmforge.engine.store import Engine
+    from llmforge.engine.store import Engine, read_graph
     from llmforge.model.definition import load_pass
     from llmforge.parallel import Topology
 
@@ -157,21 +156,10 @@ def _graph(
             f"--rank must be from 0 to {topology.world_size - 1} for {opened.directory}, not {rank}"
         )
     if isinstance(opened, Engine):
-        return _stored_graph(opened.rank_directory(rank) / _GRAPH_FILE)
+        return read_graph(opened.rank_directory(rank))
     definition = own_definition(definition_file, ProjectSettings())
     own = [load_pass(named) for named in passes]
     return rank_graphs(opened.config, topology, definition, own, warn)[rank]
-
-
-def _stored_graph(path: Path) -> Graph:
-    from llmforge.model.graph import Graph
-
-    try:
-        return Graph.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path} is corrupt ({error}); build the engine again with: llmforge build"
-        ) from error
 
 
 def _print_graph(graph: Graph, title: str) -> None:

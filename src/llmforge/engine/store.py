@@ -15,15 +15,28 @@ from llmforge.artifact import Manifest, read_manifest
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.engine.step import Limits
 from llmforge.errors import StoreError
+from llmforge.model.graph import Graph
 from llmforge.parallel import Topology
 
 MANIFEST = "engine.yaml"
 KIND = "engine"
 FORMAT_VERSION = 1
+GRAPH_FILE = "graph.json"  # in each rank's directory, whatever the target
 
 
 def rank_directory(engine: Path, rank: int) -> Path:
     return engine / f"rank{rank}"
+
+
+def read_graph(directory: Path) -> Graph:
+    """The graph in a rank's directory. Raises StoreError."""
+    path = directory / GRAPH_FILE
+    try:
+        return Graph.from_json(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} is corrupt ({error}); build the engine again with: llmforge build"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from llmforge.errors import BuildError
 DEFAULT_CACHE = Path("~/.cache/llmforge/kernels")
 _INCLUDE = re.compile(rb'^#include "([a-z_]+\.cuh)"', re.MULTILINE)
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_REGISTERS = re.compile(r"Used (\d+) registers")
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,6 @@ class Compiled:
     def spill_bytes(self) -> int:
         """Bytes of registers spilled to memory. The report has them for cubins only."""
         return sum(int(a) + int(b) for a, b in _SPILLS.findall(self.log))
-
-    @property
-    def registers(self) -> int:
-        return max((int(n) for n in _REGISTERS.findall(self.log)), default=0)
 
 
 def unavailable() -> str | None:

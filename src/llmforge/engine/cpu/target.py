@@ -13,13 +13,14 @@ import psutil
 import torch
 
 from llmforge.artifact import GB
-from llmforge.comm import Comm
+from llmforge.comm import Comm, local_ranks
 from llmforge.engine.cpu.attention import attention_workspace, new_cache
 from llmforge.engine.cpu.executor import Executor
 from llmforge.engine.cpu.experts import experts_workspace
 from llmforge.engine.cpu.kernels import StepContext
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes, plan_memory
 from llmforge.engine.step import Limits, StepBatch, StepResult
+from llmforge.engine.store import GRAPH_FILE, read_graph
 from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.errors import MemoryLimitError, StoreError
 from llmforge.model.graph import Graph
@@ -30,7 +31,6 @@ from llmforge.safetensors_io import SafetensorsFile, SafetensorsWriter
 from llmforge.settings import BuildSettings
 
 PASSES = (merge_linears, fuse_add_norm)
-GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 
 
@@ -91,9 +91,9 @@ class CpuExecutable:
         self.limits = limits
         self._comm = comm
         self._tensor_group = comm.split(topology.stage(comm.rank))
-        graph = _read_graph(directory / GRAPH_FILE)
+        graph = read_graph(directory)
         _check_memory(CpuTarget().memory(graph, limits), comm)
-        share = cores_of_rank(comm.gather(platform.node()).count(platform.node()))
+        share = cores_of_rank(local_ranks(comm)[1])
         torch.set_num_threads(min(share, torch.get_num_threads()))
         sizes = largest_step(limits)
         states = {
@@ -135,15 +135,6 @@ def _check_memory(plan: MemoryPlan, comm: Comm) -> None:
             f"{available / GB:.2f} GB are free; build it with smaller limits (--max-batch-size, "
             "--max-seq-len, --max-num-tokens, --kv-cache-tokens) or run on a larger machine"
         )
-
-
-def _read_graph(path: Path) -> Graph:
-    try:
-        return Graph.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path} is corrupt ({error}); build the engine again with: llmforge build"
-        ) from error
 
 
 def map_weights(path: Path, graph: Graph) -> dict[str, torch.Tensor]:

@@ -16,18 +16,18 @@ import torch
 
 from llmforge.comm import Comm
 from llmforge.engine.cuda.buffers import Memory
-from llmforge.engine.cuda.modules import load_modules, read_graph
+from llmforge.engine.cuda.modules import load_modules
 from llmforge.engine.cuda.program import HeadMatmul, Instruction, Matmul, Program, Transfer
 from llmforge.engine.cuda.ranks import Ranks, take_device
 from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.cuda.target import (
-    GRAPH_FILE,
     WEIGHTS_FILE,
     programs,
 )
 from llmforge.engine.cuda.weights import load_weights
 from llmforge.engine.device_sampling import GREEDY, PARAMS, fill_params
 from llmforge.engine.step import Limits, StepBatch, StepResult
+from llmforge.engine.store import read_graph
 from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, PARTS, TENSOR_RANK
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
 from llmforge.kernels.launch import Launch
@@ -88,7 +88,7 @@ class CudaExecutable:
         """The engine in a rank's directory. Raises StoreError where a file of it is corrupt,
         TargetError where ranks cannot reach each other."""
         device = take_device(comm)
-        graph = read_graph(directory / GRAPH_FILE)
+        graph = read_graph(directory)
         modules, arch = load_modules(directory, device)
         weights = load_weights(directory / WEIGHTS_FILE, graph, device)
         ranks = Ranks(comm, topology, device)

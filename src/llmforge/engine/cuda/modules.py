@@ -1,4 +1,4 @@
-"""What an engine directory holds besides weights: the graph, and the kernels for this GPU."""
+"""An engine's kernels for this GPU."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from llmforge.engine.cuda.target import KERNELS, PLAN_FILE
 from llmforge.errors import StoreError
 from llmforge.kernels.driver import Module
 from llmforge.kernels.images import read_images
-from llmforge.model.graph import Graph
-
-
-def read_graph(path: Path) -> Graph:
-    try:
-        return Graph.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path} is corrupt ({error}); build the engine again with: llmforge build"
-        ) from error
 
 
 def load_modules(directory: Path, device: torch.device) -> tuple[dict[str, Module], str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmforge.comm import Comm
+from llmforge.comm import Comm, local_ranks
 from llmforge.engine.cuda.program import Links, Program, Transfer
 from llmforge.errors import TargetError
 from llmforge.kernels import exchange
@@ -23,8 +23,8 @@ from llmforge.parallel import Topology
 def take_device(comm: Comm) -> torch.device:
     """Make a GPU of this machine the current one: ranks take them in turn, and share them where
     there are fewer."""
-    before = comm.gather(platform.node())[: comm.rank].count(platform.node())
-    device = torch.device("cuda", before % torch.cuda.device_count())
+    number, _ = local_ranks(comm)
+    device = torch.device("cuda", number % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.zeros(1, device=device)  # makes the context that the driver's calls need
     return device

@@ -19,6 +19,7 @@ from llmforge.engine.cuda.program import Links, Program, StepShape
 from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
+from llmforge.engine.store import GRAPH_FILE
 from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.errors import BuildError, TargetError
 from llmforge.kernels import compile as compiler
@@ -32,7 +33,6 @@ from llmforge.safetensors_io import SafetensorsWriter
 from llmforge.settings import BuildSettings
 
 PASSES = (merge_linears, fuse_add_norm)
-GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 PLAN_FILE = "plan.json"
 KERNELS = "kernels"

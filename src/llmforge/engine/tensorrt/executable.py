@@ -6,7 +6,6 @@ A step's calls are asked of the device one behind the other, and the host waits 
 from __future__ import annotations
 
 import mmap
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,12 +190,6 @@ def _deserialize(runtime: Any, path: Path, package: Package) -> Any:
     if engine is None:
         raise TargetError(package.messages.reason(f"loading {path.name}"))
     return engine
-
-
-def local_rank(comm: Comm) -> int:
-    """This rank's number among those of its machine."""
-    nodes = comm.gather(platform.node())
-    return nodes[: comm.rank].count(nodes[comm.rank])
 
 
 def _joined_tokens(

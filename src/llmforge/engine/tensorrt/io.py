@@ -64,11 +64,6 @@ class Profile:
             for which in range(3)
         )
 
-    def admits(self, batch: int, tokens: int, rows: int) -> bool:
-        """Whether a call of these sizes is of this kind."""
-        given = ((self.B, batch), (self.S, tokens), (self.R, rows))
-        return all(least <= size <= most for (least, _, most), size in given)
-
 
 PREFILL, DECODE = 0, 1  # indices of the profiles
 

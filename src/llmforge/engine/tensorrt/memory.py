@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmforge.engine.device_sampling import PARAMS
+from llmforge.engine.memory import nbytes
 from llmforge.engine.step import Limits
 from llmforge.engine.tensorrt.device import Bytes, Device
 from llmforge.engine.tensorrt.io import (
@@ -84,13 +84,13 @@ class Memory:
         tokens = max(p.B[2] * p.S[2] for p in plan.profiles)
         self.rows = max(p.R[2] for p in plan.profiles)
         for cache in plan.caches:
-            nbytes = cache.heads * plan.capacity * cache.size * DTYPE_BYTES[cache.dtype]
-            self.slot_bytes[cache.name] = nbytes
-            address = device.allocate(plan.slots * nbytes)
+            slot = cache.heads * plan.capacity * cache.size * DTYPE_BYTES[cache.dtype]
+            self.slot_bytes[cache.name] = slot
+            address = device.allocate(plan.slots * slot)
             self._addresses[cache.name] = self._addresses[cache.output] = address
             if not plan.native_cache:
-                nbytes = tokens * cache.heads * cache.size * DTYPE_BYTES[cache.dtype]
-                self._addresses[cache.output] = device.allocate(nbytes)
+                new = tokens * cache.heads * cache.size * DTYPE_BYTES[cache.dtype]
+                self._addresses[cache.output] = device.allocate(new)
         for name, caches in cache_groups(plan).items():
             pairs = [(self._addresses[c.name], self._addresses[c.output]) for c in caches]
             self._addresses[name] = self._uploaded(np.array(pairs, np.uint64))
@@ -105,13 +105,8 @@ class Memory:
         return name in self._addresses
 
     def _allocate_tensors(self, plan: RankPlan, sizes: Mapping[str, int]) -> None:
-        def nbytes(tensor: Tensor) -> int:
-            shape = (sizes[d] if isinstance(d, str) else d for d in tensor.shape)
-            return aligned(math.prod(shape) * DTYPE_BYTES[tensor.dtype])
-
-        places, blocks = share_blocks(
-            plan.steps, {t.name: nbytes(t) for t in plan.tensors.values()}, plan.logits
-        )
+        needed = {t.name: aligned(nbytes(t, sizes)) for t in plan.tensors.values()}
+        places, blocks = share_blocks(plan.steps, needed, plan.logits)
         addresses = [self._device.allocate(size) for size in blocks]
         self._addresses.update({name: addresses[block] for name, block in places.items()})
 

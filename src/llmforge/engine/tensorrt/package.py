@@ -57,7 +57,6 @@ class Features:
     """What a package has; see the table above."""
 
     strongly_typed: bool
-    explicit_batch: bool
     bfloat16: bool
     progress_monitor: bool
     stream_writer: bool
@@ -84,7 +83,6 @@ def _features(trt: Any) -> Features:
     several = hasattr(trt, "ComputeCapability")
     return Features(
         strongly_typed=hasattr(flags, "STRONGLY_TYPED"),
-        explicit_batch=hasattr(flags, "EXPLICIT_BATCH"),
         bfloat16=hasattr(trt.DataType, "BF16"),
         progress_monitor=hasattr(trt, "IProgressMonitor"),
         stream_writer=hasattr(trt.Builder, "build_serialized_network_to_stream"),

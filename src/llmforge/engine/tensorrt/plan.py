@@ -14,7 +14,6 @@ from llmforge.errors import StoreError
 from llmforge.model.graph import Tensor
 
 PLAN_FILE = "plan.json"
-GRAPH_FILE = "graph.json"
 KERNELS = "kernels"
 
 

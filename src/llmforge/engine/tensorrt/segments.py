@@ -16,7 +16,7 @@ from llmforge.model.graph import Graph, Node
 
 # Computed anew in each segment that reads them: they depend on the step's inputs alone.
 _REPEATED = ("rope_table",)
-_ATTENTION = ("attention", "scored_attention", "latent_attention")  # one a layer
+ATTENTION = ("attention", "scored_attention", "latent_attention")  # one a layer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _between_layers(graph: Graph, nodes: list[Node], layers: int | None) -> list
     """The nodes cut where fewest features cross, so that no part has more than `layers`."""
     if not nodes:
         return []
-    attention = [i for i, node in enumerate(nodes) if node.op in _ATTENTION]
+    attention = [i for i, node in enumerate(nodes) if node.op in ATTENTION]
     if layers is None or len(attention) <= layers:
         return [nodes]
     made = {name: i for i, n in enumerate(nodes) if not _repeats(n) for name in n.outputs}

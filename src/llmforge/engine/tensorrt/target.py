@@ -14,16 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llmforge.comm import Comm
+from llmforge.comm import Comm, local_ranks
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes, plan_memory
 from llmforge.engine.step import Limits
+from llmforge.engine.store import GRAPH_FILE
 from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.engine.tensorrt import package as packages
 from llmforge.engine.tensorrt.builder import BuildOptions, build_engine, timing_cache_path
 from llmforge.engine.tensorrt.io import DECODE, PREFILL, profiles
 from llmforge.engine.tensorrt.lowering.rank import Engine, RankLowering, model_dtype
 from llmforge.engine.tensorrt.package import Package
-from llmforge.engine.tensorrt.plan import GRAPH_FILE, KERNELS, PLAN_FILE, RankPlan
+from llmforge.engine.tensorrt.plan import KERNELS, PLAN_FILE, RankPlan
+from llmforge.engine.tensorrt.segments import ATTENTION
 from llmforge.errors import BuildError, SettingsError, TargetError
 from llmforge.kernels import compile as compiler
 from llmforge.kernels.images import ARCHS, PTX_ARCH, Index, write_images
@@ -158,9 +160,9 @@ class TensorRTTarget:
 
     def load(self, directory: Path, topology: Topology, limits: Limits, comm: Comm) -> Executable:
         from llmforge.engine.tensorrt.device import CudaDevice, count_gpus
-        from llmforge.engine.tensorrt.executable import TensorRTExecutable, local_rank
+        from llmforge.engine.tensorrt.executable import TensorRTExecutable
 
-        package, device = self._package(), CudaDevice(local_rank(comm) % count_gpus())
+        package, device = self._package(), CudaDevice(local_ranks(comm)[0] % count_gpus())
         return TensorRTExecutable(directory, topology, limits, comm, package, device)
 
     def _package(self) -> Package:
@@ -192,7 +194,7 @@ def _score_elements(graph: Graph, limits: Limits) -> int:
         (
             int(graph.tensors[node.inputs[0]].shape[-1]) // _query_size(graph, node.inputs)
             for node in graph.nodes
-            if node.op in ("attention", "scored_attention", "latent_attention")
+            if node.op in ATTENTION
         ),
         default=0,
     )
