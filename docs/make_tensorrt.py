@@ -142,7 +142,7 @@ def builds() -> str:
         _build("8B", estimate, f"{estimate['seconds']} s")
         + "\n\nThe last row is an estimate by the ratios of the row before it; it was not run. "
         f"tensorrt_rtx {results['tensorrt_rtx']} on {results['machine']}, with no GPU, for "
-        f"{runs[0]['archs'].replace(',', ', ')}; bfloat16. Other work ran beside: the load average "
+        f"{runs[0]['archs'].replace(',', ', ')}; bfloat16. Before each build the load average "
         f"was {_loads(results['builds'])}."
     )
     return "\n".join(lines)

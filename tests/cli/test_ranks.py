@@ -247,6 +247,7 @@ def test_what_mpirun_says_is_kept_back(capsys: pytest.CaptureFixture[str]) -> No
         frame,
         "\0\n",
         "[host:123] PMIX ERROR: noise\n",
+        "prterun: abort is already in progress...hit ctrl-c again to forcibly terminate\n",
     ):
         relay.feed(line)
     assert capsys.readouterr().err == "warning: from a rank\n"

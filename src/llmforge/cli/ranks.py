@@ -26,7 +26,7 @@ Work = Callable[[Comm], int]
 
 # Open MPI frames its own messages with lines of dashes, and starts others with [host:pid].
 _FRAME = re.compile(r"^-{60,}$")
-_NOISE = re.compile(r"^\[[\w.-]+:\d+\] |^Abort is in progress")
+_NOISE = re.compile(r"^\[[\w.-]+:\d+\] |^(prterun: )?[Aa]bort is (already )?in progress")
 _KILLED = re.compile(r"rank (\d+) .*?exited on signal (\d+)")
 _EXITED = re.compile(r"Process name: \[[^\]]*,(\d+)\] Exit code: (\d+)")
 _OURS = ("error: ", "internal error: ")
