@@ -19,12 +19,8 @@ def advance(scheduler: Scheduler) -> list[tuple[int, int, int]]:
     """One step in which every wanted token is 1: (request, start, stop) of its chunks."""
     chunks = scheduler.schedule()
     steps = [(chunk.sequence.request.index, chunk.start, chunk.stop) for chunk in chunks]
-    drawing = [chunk.sequence for chunk in chunks if chunk.wants_token]
-    scheduler.computed(chunks)
-    for sequence in drawing:
-        sequence.append(1)
-        if sequence.is_full:
-            scheduler.finish(sequence)
+    for draw in scheduler.begun(chunks):
+        draw.settle(1)
     return steps
 
 
