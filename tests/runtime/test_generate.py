@@ -92,6 +92,7 @@ def test_any_mix_in_any_cache_completes_with_the_same_tokens(workload, kind):
             step += 1
             assert step < 5000, "livelock"
     assert session.scheduler.cache.num_free == tight.num_blocks
+    assert not session.scheduler.has_work
     for request in requests:
         assert list(done[request.index].token_ids) == reference(request, tight.max_seq_len)
 

@@ -68,6 +68,20 @@ def test_without_blocks_the_youngest_is_preempted_and_computed_again():
     assert order == [0, 1, 1, 2], "a preempted request goes before those that wait"
 
 
+def test_a_sequence_that_is_preempted_while_its_last_token_is_drawn_ends_all_the_same():
+    scheduler = Scheduler(limits(num_blocks=5))
+    for index, prompt in enumerate([8, 7]):
+        scheduler.add(request(index, prompt, 8))
+    advance(scheduler)
+    draws = scheduler.begun(scheduler.schedule())  # three blocks and two
+    assert not scheduler.cache.num_free
+    scheduler.begun(scheduler.schedule())  # the second needs a third
+    second = draws[1].sequence
+    assert list(scheduler.waiting) == [second]
+    scheduler.end(second, draws[1].position)
+    assert not scheduler.waiting and second.num_tokens == 8
+
+
 def test_preempted_requests_get_the_same_tokens():
     tight = limits(max_batch_size=6, num_blocks=8, max_num_tokens=12)
     requests = [request(index, 5 + index, 20 - index) for index in range(8)]
