@@ -41,6 +41,7 @@ class _Torch:
         self.cuda = SimpleNamespace(
             current_device=lambda: 0,
             Stream=lambda device: stream,
+            Event=lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
             stream=lambda stream: contextlib.nullcontext(),
             current_stream=lambda: stream,
             get_device_properties=lambda device: SimpleNamespace(multi_processor_count=PROCESSORS),
