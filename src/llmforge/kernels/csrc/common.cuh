@@ -1,5 +1,5 @@
 // What every kernel shares: the element type T (chosen by -D DTYPE_BFLOAT16, DTYPE_FLOAT16 or
-// DTYPE_FLOAT32), vector loads, reductions, and the hand-over between kernels.
+// DTYPE_FLOAT32), vector loads and reductions.
 #pragma once
 
 #if defined(DTYPE_BFLOAT16)
@@ -29,6 +29,8 @@ typedef unsigned long long u64;
 #define INFINITY __int_as_float(0x7f800000)
 #define DEVICE __device__ __forceinline__
 
+#include "ptx.cuh"
+
 // W neighbouring elements, moved by one load or store.
 template <int W>
 struct alignas(sizeof(T) * W) Pack {
@@ -56,21 +58,6 @@ DEVICE float block_sum(float x, float* scratch) {
     return total;
 }
 
-// Programmatic dependent launch: a kernel's blocks may start while the one before it still runs.
-// Nothing that the kernel before writes may be read, and nothing may be written, before
-// `wait_for_previous`. Every kernel calls both, so a kernel that has waited knows that all kernels
-// before it are complete.
-DEVICE void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-DEVICE void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // The sequence that a packed token belongs to: the last i with query_starts[i] <= token.
 DEVICE int sequence_of(const int* query_starts, int sequences, int token) {
     int low = 0, high = sequences - 1;
@@ -83,14 +70,6 @@ DEVICE int sequence_of(const int* query_starts, int sequences, int token) {
 }
 
 #if defined(MMA_TYPE)
-// d[16 x 8] += a[16 x 16] b[16 x 8] on the tensor cores. Fragment layouts: PTX ISA, "mma.m16n8k16".
-DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE
-                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // Two floats rounded to T, the first in the low half.
 DEVICE u32 packed(float low, float high) {
     Pack<2> pair{{from_float(low), from_float(high)}};

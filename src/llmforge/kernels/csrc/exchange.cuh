@@ -32,20 +32,6 @@ struct Mailbox {
     u32 arrived[MAX_BLOCKS];  // the last message to this rank that block b has written, plus 1
 };
 
-DEVICE void store_release(u32* address, u32 value) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-DEVICE u32 load_acquire(const u32* address) {
-    u32 value;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return value;
-}
-DEVICE u64 nanoseconds() {
-    u64 now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
-}
-
 // Returns when another rank has brought the flag to `wanted` or beyond it. Traps, which ends the
 // process, where that takes longer than any rank that is alive.
 DEVICE void wait_for(const u32* flag, u32 wanted) {

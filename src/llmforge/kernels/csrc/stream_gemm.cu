@@ -23,41 +23,6 @@
 #define STAGE_BYTES (16 * CHUNK * 2)
 #define THREADS (WARPS * 32)
 
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void barrier_init(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
-}
-
-DEVICE void barrier_expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-}
-
-DEVICE void barrier_wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
-        "@!done bra again; }" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
-
-struct alignas(64) TensorMap {
-    char bytes[128];
-};
-
-// Copies the box of the tile and the chunk of columns that starts at 64 * block.
-DEVICE void copy_box(char* target, const TensorMap* map, int tile, int block, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(target)),
-        "l"(map), "r"(0), "r"(tile * (GATED ? 8 : 16)), "r"(0), "r"(block),
-        "r"(shared_address(barrier))
-        : "memory");
-}
-
 // A warp's ring of weights: slots are filled in the order in which they are used.
 struct Ring {
     char* slots;
@@ -73,7 +38,8 @@ struct Ring {
         if (tile >= tiles) return;
         if (threadIdx.x % 32 == 0) {
             barrier_expect(barriers + at, STAGE_BYTES);
-            copy_box(slots + at * STAGE_BYTES, weight, tile, first + chunk * BLOCKS, barriers + at);
+            copy_box(slots + at * STAGE_BYTES, weight, 0, tile * (GATED ? 8 : 16), 0,
+                     first + chunk * BLOCKS, barriers + at);
         }
         if (++chunk == CHUNKS) chunk = 0, tile += step;
     }
@@ -189,7 +155,7 @@ stream_gemm(T* out, const T* x, const __grid_constant__ TensorMap weight, const 
     const int tiles = group >= groups ? 0 : GATED ? features / 16 : (features + 15) / 16;
     const int first = part * (K / SPLIT) + warp * SLICE;
     if (lane < STAGES) barrier_init(barriers + warp * STAGES + lane);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
     __syncwarp();
     // The swizzle pattern starts anew every 1024 bytes of shared memory.
     char* slots = unaligned + (-shared_address(unaligned) & 1023);
