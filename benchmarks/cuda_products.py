@@ -2,8 +2,8 @@
 
     python benchmarks/cuda_products.py [--model llama-3.1-8b] [--json FILE]
 
-First every product of gemv.cu is checked beside plain torch, at the models' shapes with all that is
-fused into them, for each tuning that is then measured: fresh random inputs, outputs poisoned before.
+First every product of gemv.cu is checked beside plain torch, for each tuning that is then measured,
+at the models' shapes with all that is fused into them: random inputs, outputs poisoned before.
 Then the device time of a decode step with 256 tokens (a CUDA graph, random weights made on the GPU)
 and of its products alone, one behind the other, for each variant in turn, in several rounds.
 """

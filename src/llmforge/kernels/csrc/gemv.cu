@@ -22,47 +22,6 @@
 #define UNROLL 4
 #define MIN_BLOCKS (65536 / (THREADS * 64))          // leaves a thread 64 registers
 
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void barrier_init(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
-}
-
-DEVICE void barrier_expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-}
-
-DEVICE void barrier_wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
-        "@!done bra again; }" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
-
-DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(target)),
-        "l"(source), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-        : "memory");
-}
-
-DEVICE u64 evict_first() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-DEVICE u64 evict_normal() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 // A warp's ring of weights. Pieces are copied and used in the same order: of each of its units (an
 // output feature) all pieces of the row, and where GATED then those of the row of up.
 struct Ring {
@@ -109,25 +68,6 @@ struct Ring {
         if (++slot == STAGES) slot = 0, parity ^= 1;
     }
 };
-
-DEVICE float square_sum(uint4 x) {
-    const u32 words[4] = {x.x, x.y, x.z, x.w};
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float low = low_half(words[j]), high = high_half(words[j]);
-        sum += low * low + high * high;
-    }
-    return sum;
-}
-
-DEVICE uint4 normed(uint4 x, uint4 w, float scale) {
-    auto pair = [scale](u32 value, u32 weight) {
-        return packed(rounded(low_half(value) * scale) * low_half(weight),
-                      rounded(high_half(value) * scale) * high_half(weight));
-    };
-    return make_uint4(pair(x.x, w.x), pair(x.y, w.y), pair(x.z, w.z), pair(x.w, w.w));
-}
 
 // This thread's packs of a row of K elements.
 DEVICE void load_packs(uint4 (&packs)[PACKS], const T* row) {
@@ -176,7 +116,7 @@ gemv(T* out, const T* x, const T* weight, const T* bias, const T* residual, cons
     const int start = warp * gridDim.x + blockIdx.x;
     uint4* const kept = (uint4*)(shared + WARPS * STAGES * PIECE);
     if (lane < STAGES) barrier_init(barriers + warp * STAGES + lane);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
     __syncwarp();
     const int own_units = start < units ? (units - start - 1) / step + 1 : 0;
     const long long to_up = (units - 1) * (long long)ROW_BYTES;
@@ -204,7 +144,7 @@ gemv(T* out, const T* x, const T* weight, const T* bias, const T* residual, cons
     __shared__ float scratch[WARPS];
     float squares = 0;
 #pragma unroll
-    for (int p = 0; p < PACKS; p++) squares += square_sum(packs[p]);
+    for (int p = 0; p < PACKS; p++) squares += sum_of_squares(packs[p]);
     squares = warp_sum(squares);
     if (lane == 0) scratch[warp] = squares;
     __syncthreads();
