@@ -48,12 +48,22 @@ def test_one_row_goes_to_the_kernel_that_is_asked_for(config: ModelConfig) -> No
     assert torchs["Matmul"] == 5 and torchs["gemv"] == torchs["stream_gemm"] == 0
 
 
-def test_more_rows_and_older_gpus_are_as_before() -> None:
+def test_more_rows_are_as_before() -> None:
     for size in (2, 4):
         chosen = [decodes(REAL[1], each)[size] for each in (MEASURED, Products("gemv"))]
         assert chosen[0] == chosen[1] and entries(chosen[0])["stream_gemm"] == 5
-    old = entries(decodes(REAL[1], Products("gemv"), "sm_80")[1])
-    assert old["Matmul"] == 5 and old["gemv"] == 0
+
+
+@pytest.mark.parametrize("products", [MEASURED, Products("gemv")], ids=["measured", "gemv"])
+def test_gpus_without_bulk_copies_or_room_for_two_rings_multiply_by_torch(
+    products: Products,
+) -> None:
+    for arch in ("sm_80", "sm_120"):
+        program = decodes(REAL[1], products, arch)[1]
+        assert entries(program)["Matmul"] == 5
+        calls = [i.call for i in program.instructions if isinstance(i.call, Launch)]
+        assert max(call.shared_bytes for call in calls) < 99 << 10
+    assert entries(decodes(REAL[1], products, "sm_100")[1])["Matmul"] == 0
 
 
 def test_what_gemv_does_not_take_goes_on() -> None:

@@ -154,7 +154,8 @@ def programs(
 ) -> list[Program]:
     """The programs of an engine on GPUs of `arch`: that of any step, then those of the decode
     buckets."""
-    bulk_copies = compiler.arch_number(arch) >= 90
+    # Compute capability 12.0 has them too, but 100 KB of shared memory where the others have 228.
+    bulk_copies = 90 <= compiler.arch_number(arch) < 120
     general = StepShape(limits.max_num_tokens, limits.max_batch_size, False, links=links)
     decodes = [StepShape(size, size, True, bulk_copies, links) for size in decode_buckets(limits)]
     return [lower(graph, limits, shape, products) for shape in (general, *decodes)]
