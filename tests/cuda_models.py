@@ -139,6 +139,17 @@ def of_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
     return dataclasses.replace(config, dtype=dtype)
 
 
+SAMPLINGS = {
+    "plain": SamplingParams(temperature=1.0, seed=7),
+    "hot": SamplingParams(temperature=3.0, seed=2**40 + 3),
+    "top-k": SamplingParams(temperature=0.8, top_k=20, seed=1),
+    "top-p": SamplingParams(temperature=1.2, top_p=0.7, seed=2),
+    "min-p": SamplingParams(temperature=1.5, min_p=0.2, seed=3),
+    "penalty": SamplingParams(repetition_penalty=1.4, temperature=0.0),
+    "all": SamplingParams(1.3, 0.9, 40, 0.9, 0.02, 11),
+}
+
+
 class RandomWeights:
     """`Weights` drawn with the spread that params.py gives, from a seed."""
 

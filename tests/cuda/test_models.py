@@ -7,6 +7,7 @@ import pytest
 from cuda_models import (
     LIMITS,
     MODELS,
+    SAMPLINGS,
     Driver,
     RandomWeights,
     compile_into,
@@ -80,17 +81,6 @@ def test_greedy_tokens_equal_in_float32(name, tmp_path):
         for driver in drivers:
             driver.append(expected, [0, 1, 2])
         chunks = [1, 1, 1]
-
-
-SAMPLINGS = {
-    "plain": SamplingParams(temperature=1.0, seed=7),
-    "hot": SamplingParams(temperature=3.0, seed=2**40 + 3),
-    "top-k": SamplingParams(temperature=0.8, top_k=20, seed=1),
-    "top-p": SamplingParams(temperature=1.2, top_p=0.7, seed=2),
-    "min-p": SamplingParams(temperature=1.5, min_p=0.2, seed=3),
-    "penalty": SamplingParams(repetition_penalty=1.4, temperature=0.0),
-    "all": SamplingParams(1.3, 0.9, 40, 0.9, 0.02, 11),
-}
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
