@@ -9,8 +9,8 @@ time of a whole generation less that of one token, by the number of tokens betwe
 of one decode step at the middle of the generation; and the floor: the bytes that a step must read
 (weights, and the keys and values of that step) over the bandwidth that a read of a large buffer
 reaches in the same run. --peer FILE: what another program gave for the same cases in the same
-minutes, as JSON lines with "model", "batch", "in", "out", "ms_per_step" and "first_token_ms"; "peer"
-and "version" say whose.
+minutes, as JSON lines with "model", "batch", "in", "out", "ms_per_step" and "first_token_ms";
+"peer" and "version" say whose.
 """
 
 from __future__ import annotations
