@@ -97,10 +97,15 @@ def _wrapper(spec: KernelSpec, arch: int) -> str:
 namespace {{
 #include "{spec.source}"
 }}
+extern "C" void emulated_hide(const emulation::Range* ranges, size_t count, char* copy) {{
+    emulation::ranges = ranges, emulation::range_count = count, emulation::hidden_copy = copy;
+}}
 extern "C" const char* emulated_launch(void** arguments, const unsigned* grid, unsigned threads,
                                        size_t shared_bytes, char* stacks, uint64_t seed) {{
-    return emulation::run_grid([](void** a) {{ emulation::call({spec.entry}, a); }}, arguments,
-                               grid, threads, shared_bytes, stacks, seed);
+    return emulation::guarded([&] {{
+        emulation::run_grid([](void** a) {{ emulation::call({spec.entry}, a); }}, arguments, grid,
+                            threads, shared_bytes, stacks, seed);
+    }});
 }}
 """
 

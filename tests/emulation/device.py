@@ -10,11 +10,12 @@ import ctypes
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from emulation.build import library
 from llmforge.kernels.compile import KernelSpec
@@ -50,6 +51,24 @@ class Device:
         self._seed = seed
         self._launches = 0
         self._modules: dict[str, EmulatedModule] = {}
+        self._hidden = np.zeros((0, 2), np.uint64)
+        self._copy = np.zeros(0, np.uint8)
+        self.watched = np.zeros(0, np.uint8)
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Launches write nothing of it but what their operands are."""
+        self.watched = tensor.reshape(-1).view(torch.uint8).numpy()
+
+    def hide(self, tensors: Iterable[torch.Tensor]) -> None:
+        """What a kernel must not touch before it has waited for those before it, which write it."""
+        ranges = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+        self._hidden = np.array(ranges, np.uint64)
+        self._copy = np.zeros(sum(nbytes for _, nbytes in ranges), np.uint8)
+        for module in self._modules.values():
+            self._hide_from(module)
+
+    def _hide_from(self, module: EmulatedModule) -> None:
+        module.hide(self._hidden.ctypes.data, len(self._hidden), self._copy.ctypes.data)
 
     def module(
         self, spec: KernelSpec, arch: str = "sm_90", text: str | None = None
@@ -58,6 +77,7 @@ class Device:
         if spec.key not in self._modules:
             loaded = _copy_of(library(spec, arch, text))
             self._modules[spec.key] = EmulatedModule(self, loaded, spec.entry)
+            self._hide_from(self._modules[spec.key])
         return self._modules[spec.key]
 
     def next_seed(self) -> int:
@@ -80,6 +100,8 @@ class EmulatedModule:
 
     def __init__(self, device: Device, loaded: ctypes.CDLL, entry: str) -> None:
         self.device, self.entry = device, entry
+        self.hide = loaded.emulated_hide
+        self.hide.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         self.launch = loaded.emulated_launch
         self.launch.restype = ctypes.c_char_p
         self.launch.argtypes = [
@@ -105,18 +127,39 @@ class EmulatedLaunch:
         self._keep: list[Any] = []
         pointers = [self._pointer(a, address_of) for a in launch.arguments]
         self._arguments = (ctypes.c_void_p * len(pointers))(*pointers)
+        operands = [a for a in launch.arguments if isinstance(a, Operand)]
+        self._operands = [(o, address_of(o.buffer)) for o in operands]
 
     def __call__(self, stream: int = 0) -> None:
         grid = (ctypes.c_uint * 3)(*map(self._extent, self._launch.grid))
         if not grid[0]:
             return
         device = self._module.device
+        before = device.watched.copy()
         failure = self._module.launch(
             self._arguments, grid, self._launch.block, self._launch.shared_bytes, device.stacks,
             device.next_seed(),
         )  # fmt: skip
         if failure:
             raise EmulationError(f"{self._module.entry}: {failure.decode()}")
+        changed = np.flatnonzero(before != device.watched)
+        if len(changed):
+            self._check_places(changed + device.watched.ctypes.data)
+
+    def _check_places(self, addresses: np.ndarray[Any, Any]) -> None:
+        """That each of them lies within an operand."""
+        allowed = np.zeros(len(addresses), bool)
+        for operand, start in self._operands:
+            sizes = [d if isinstance(d, int) else self._sizes.get(d) for d in operand.shape]
+            itemsize = DTYPE_BYTES[operand.dtype]
+            first = start + operand.offset * itemsize
+            row = int(np.prod(sizes[1:])) if len(sizes) > 1 else 1
+            stride = operand.row_stride if len(sizes) > 1 else 1
+            stop = first + ((sizes[0] - 1) * stride + row) * itemsize
+            allowed |= (addresses >= first) & (addresses < stop)
+        if not allowed.all():
+            count = int((~allowed).sum())
+            raise EmulationError(f"{self._module.entry}: writes outside its operands ({count} B)")
 
     def _extent(self, extent: Extent) -> int:
         if isinstance(extent, int):

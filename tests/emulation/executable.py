@@ -82,10 +82,10 @@ class _Modules(Mapping[str, EmulatedModule]):
     """An engine's kernels on a device of its own, loaded where they are first wanted."""
 
     def __init__(self, specs: Mapping[str, KernelSpec], arch: str, seed: int) -> None:
-        self._specs, self._arch, self._device = specs, arch, Device(seed)
+        self._specs, self._arch, self.device = specs, arch, Device(seed)
 
     def __getitem__(self, key: str) -> EmulatedModule:
-        return self._device.module(self._specs[key], self._arch)
+        return self.device.module(self._specs[key], self._arch)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)

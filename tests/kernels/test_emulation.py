@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from emulation.bench import Bench
@@ -13,8 +15,9 @@ from llmforge.kernels.launch import Launch, specialised
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 
-def run(body, seed=0, dtype="float32", threads=64, x=None, out=None, shared=0):
-    """`out` [64 x int32] as a kernel leaves it: its body, with `x` to read."""
+def run(body, seed=0, dtype="float32", threads=64, x=None, out=None, shared=0, hidden=False):
+    """`out` [64 x int32] as a kernel leaves it: its body, with `x` to read. hidden: the kernel
+    before may still write x."""
     text = (
         '#include "common.cuh"\n'
         f'extern "C" __global__ void kernel(int* out, const T* x) {{ {body} }}\n'
@@ -24,6 +27,7 @@ def run(body, seed=0, dtype="float32", threads=64, x=None, out=None, shared=0):
     bench.tensors["x"] = torch.arange(64.0) if x is None else x
     spec = specialised("kernel.cu", "kernel", dtype)
     operands = (bench.operand("out"), bench.operand("x"))
+    bench.device.hide([bench.tensors["x"]] if hidden else [])
     bench.run(Launch(spec, operands, (1, 1, 1), threads, shared), text=text)
     return bench.tensors["out"]
 
@@ -62,6 +66,12 @@ def test_threads_that_cannot_go_on_are_named():
         run("if (threadIdx.x % 2) __syncwarp(); else __shfl_sync(FULL_WARP, 1, 0);")
     with pytest.raises(EmulationError, match=r"kernel: a trap: block \(0, 0, 0\), thread 5"):
         run("if (threadIdx.x == 5) __trap();")
+
+
+def test_an_address_that_is_no_memory_ends_the_launch():
+    with pytest.raises(EmulationError, match="touches no memory at .*, thread 5"):
+        run("if (threadIdx.x == 5) out[1ll << 40] = 1;")
+    assert run("out[threadIdx.x] = 1;").tolist() == [1] * 64
 
 
 def test_threads_that_have_ended_are_not_waited_for():
@@ -155,3 +165,30 @@ def test_who_does_not_wait_for_a_copy_has_not_got_it(body, wait):
     assert any(found != right for found in results(body % "", x=x))
     with pytest.raises(EmulationError, match="a barrier that nobody completes"):
         run(BULK.replace("256, &b", "240, &b") % "barrier_wait(&barrier, 0);", x=x)
+
+
+def test_who_does_not_wait_for_the_kernel_before_does_not_see_what_it_wrote():
+    early = "const int i = threadIdx.x; const int y = x[i]; wait_for_previous(); out[i] = y;"
+    late = "const int i = threadIdx.x; wait_for_previous(); const int y = x[i]; out[i] = y;"
+    assert run(late, hidden=True).tolist() == list(range(64))
+    assert run(early).tolist() == list(range(64))
+    assert run(early, hidden=True).tolist() != list(range(64))
+
+
+def test_writes_beside_the_operands_are_seen():
+    bench = Bench()
+    bench.tensors["all"] = torch.zeros(64)
+    bench.device.watch(bench.tensors["all"])
+    out = replace(bench.operand("all"), shape=("tokens",), offset=8)
+    text = (
+        '#include "common.cuh"\n'
+        'extern "C" __global__ void kernel(T* out, int at) { out[(int)threadIdx.x + at] = 1; }\n'
+    )
+    spec = specialised("kernel.cu", "kernel", "float32")
+    for at in (0, 1, -1):
+        launch = Launch(spec, (out, at), (1, 1, 1), 32)
+        if at == 0:
+            bench.run(launch, text=text, tokens=32)
+            continue
+        with pytest.raises(EmulationError, match="kernel: writes outside its operands"):
+            bench.run(launch, text=text, tokens=32)

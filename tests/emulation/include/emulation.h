@@ -1,6 +1,7 @@
 // An emulation of a GPU on one x86-64 processor, for tests: what the CUDA C++ of a kernel means,
 // fiber by fiber. No word here says how fast anything is, nor how a GPU schedules it.
 #pragma once
+#include <pthread.h>
 #include <stdio.h>
 #include <unistd.h>
 
@@ -8,6 +9,7 @@
 #include "fibers.h"
 #include "intrinsics.h"
 #include "copies.h"
+#include "faults.h"
 
 #undef INFINITY  // kernels define their own
 #define __global__

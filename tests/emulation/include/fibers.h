@@ -195,6 +195,45 @@ __attribute__((noinline)) static Meeting& meet_warp(unsigned mask, const char* w
 }
 inline void leave(Meeting& meeting) { meeting.left |= 1u << current % WARP; }
 
+// Memory that kernels before this one may still write while this one begins. It is hidden from the
+// first block until that has waited for them: what is read before is NaN, what is written is lost.
+struct Range {
+    char* address;
+    size_t bytes;
+};
+static const Range* ranges;
+static size_t range_count;
+static char* hidden_copy;
+static bool hidden;
+static int waiting_for_previous;
+
+static void hide() {
+    hidden = range_count > 0;
+    waiting_for_previous = 0;
+    char* copy = hidden_copy;
+    for (size_t i = 0; i < range_count; copy += ranges[i++].bytes) {
+        memcpy(copy, ranges[i].address, ranges[i].bytes);
+        memset(ranges[i].address, 0xff, ranges[i].bytes);
+    }
+}
+static void show() {
+    if (!hidden) return;
+    hidden = false;
+    const char* copy = hidden_copy;
+    for (size_t i = 0; i < range_count; copy += ranges[i++].bytes)
+        memcpy(ranges[i].address, copy, ranges[i].bytes);
+    for (unsigned i = 0; i < blockDim.x; i++)
+        if (fibers[i].waits && !strcmp(fibers[i].waits, "wait_for_previous")) wake(i);
+}
+__attribute__((noinline)) static void wait_for_previous() {
+    if (!hidden) return;
+    fibers[current].waits = "wait_for_previous";
+    if (++waiting_for_previous == alive) show();
+    give_way();
+}
+
+static void reset_copies();
+
 static void run_fiber() {
     body(body_arguments);
     const int warp = current / WARP;
@@ -203,6 +242,7 @@ static void run_fiber() {
     for (Meeting& meeting : warps[warp].meetings)
         if (meeting.what) complete_if_all_came(warp, meeting);
     release_barrier_if_all_wait();
+    if (hidden && waiting_for_previous == alive) show();
     void* never;
     if (alive == 0) emulated_switch(&never, host_stack);
     give_way();
@@ -215,8 +255,6 @@ inline void* fresh_stack(char* top) {
     for (int i = 3; i <= 8; i++) words[-i] = nullptr;
     return words - 8;
 }
-
-static void reset_copies();
 
 static void run_block(char* stacks, size_t shared_bytes) {
     // What nobody has written is NaN.
@@ -242,13 +280,15 @@ static void run_block(char* stacks, size_t shared_bytes) {
     emulated_switch(&host_stack, fibers[current].stack);
 }
 
-// Runs a kernel's grid, its blocks from the last on where bit 32 of the seed is set. Null, or what
-// went wrong.
-static const char* run_grid(void (*kernel)(void**), void** arguments, const unsigned* grid,
-                            unsigned threads, size_t shared_bytes, char* stacks, uint64_t seed) {
-    if (threads == 0 || threads > MAX_THREADS) return "a block has 1 to 1024 threads";
-    if (shared_bytes > MAX_SHARED) return "a block has at most 227 KB of shared memory";
-    body = kernel, body_arguments = arguments, failure = nullptr, random_state = seed;
+// Runs a kernel's grid, its blocks from the last on where bit 32 of the seed is set. What went wrong
+// is `failure` then, else null.
+static void run_grid(void (*kernel)(void**), void** arguments, const unsigned* grid,
+                     unsigned threads, size_t shared_bytes, char* stacks, uint64_t seed) {
+    failure = nullptr;
+    if (threads == 0 || threads > MAX_THREADS) failure = "a block has 1 to 1024 threads";
+    if (shared_bytes > MAX_SHARED) failure = "a block has at most 227 KB of shared memory";
+    if (failure) return;
+    body = kernel, body_arguments = arguments, random_state = seed;
     blockDim = {threads, 1, 1}, gridDim = {grid[0], grid[1], grid[2]};
     draw(1), draw(1);
     const bool backwards = seed >> 32 & 1;
@@ -257,9 +297,10 @@ static const char* run_grid(void (*kernel)(void**), void** arguments, const unsi
         const size_t block = backwards ? blocks - 1 - i : i;
         blockIdx = {(unsigned)(block % grid[0]), (unsigned)(block / grid[0] % grid[1]),
                     (unsigned)(block / grid[0] / grid[1])};
+        if (i == 0) hide();
         run_block(stacks, shared_bytes);
+        show();
     }
-    return failure;
 }
 
 template <class... A, size_t... I>

@@ -1,9 +1,8 @@
 // An emulation of a GPU: what the functions of csrc/ptx.cuh mean.
 #pragma once
 
-// A kernel begins when the one before it is over.
 DEVICE void let_next_start() {}
-DEVICE void wait_for_previous() {}
+DEVICE void wait_for_previous() { emulation::wait_for_previous(); }
 
 #if defined(MMA_TYPE)
 // Lane (g = lane / 4, t = lane % 4) has of a the rows g and g + 8, of b the column g; elements 2t and
