@@ -51,11 +51,13 @@ class Device:
         self._launches = 0
         self._modules: dict[str, EmulatedModule] = {}
 
-    def module(self, spec: KernelSpec, arch: str = "sm_90") -> EmulatedModule:
+    def module(
+        self, spec: KernelSpec, arch: str = "sm_90", text: str | None = None
+    ) -> EmulatedModule:
+        """The kernel, loaded; see `build.library`."""
         if spec.key not in self._modules:
-            self._modules[spec.key] = EmulatedModule(
-                self, _copy_of(library(spec, arch)), spec.entry
-            )
+            loaded = _copy_of(library(spec, arch, text))
+            self._modules[spec.key] = EmulatedModule(self, loaded, spec.entry)
         return self._modules[spec.key]
 
     def next_seed(self) -> int:

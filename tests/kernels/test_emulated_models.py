@@ -11,6 +11,7 @@ from cuda_models import (
     SAMPLINGS,
     Driver,
     RandomWeights,
+    check_running_ahead,
     compile_into,
     of_dtype,
     poison,
@@ -109,6 +110,12 @@ def test_sampling_draws_as_the_runtime_does(sampling):
             assert tokens.tolist() == sample(logits, batch.sampling).tolist()
             driver.append(tokens.tolist(), [0, 1, 2])
             chunks = [1, 1, 1]
+
+
+def test_running_ahead_gives_the_same_tokens():
+    config = of_dtype(MODELS["llama"], "bfloat16")
+    with emulated_gpu():
+        check_running_ahead(emulated_rank(config, 4), config.vocab_size, 6)
 
 
 @pytest.mark.parametrize(
