@@ -69,7 +69,7 @@ def test_threads_that_cannot_go_on_are_named():
 
 
 def test_an_address_that_is_no_memory_ends_the_launch():
-    with pytest.raises(EmulationError, match="touches no memory at .*, thread 5"):
+    with pytest.raises(EmulationError, match=r"touches no memory at .*, thread 5"):
         run("if (threadIdx.x == 5) out[1ll << 40] = 1;")
     assert run("out[threadIdx.x] = 1;").tolist() == [1] * 64
 
