@@ -17,6 +17,8 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# In place of this file's directory, where its own name would hide the package `cuda`.
-sys.path[0] = str(ROOT / "src")
+sys.path.insert(0, str(ROOT / "src"))
 
 from llmforge.checkpoint.config import ModelConfig, RopeConfig  # noqa: E402
 from llmforge.comm import LocalComm  # noqa: E402
 from llmforge.engine.cuda.executable import CudaExecutable  # noqa: E402
+from llmforge.engine.cuda.ranks import Ranks  # noqa: E402
+from llmforge.engine.cuda.state import MEASURED, Products  # noqa: E402
 from llmforge.engine.cuda.target import CudaTarget, engine_kernels  # noqa: E402
 from llmforge.engine.step import Limits, StepBatch  # noqa: E402
 from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel  # noqa: E402
@@ -88,17 +91,41 @@ def random_weights(graph: Graph) -> dict[str, torch.Tensor]:
     return weights
 
 
-def load(config: ModelConfig, limits: Limits) -> CudaExecutable:
-    """An executable with random weights."""
-    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+def prepared(config: ModelConfig) -> Graph:
+    """The graph that the cuda target lowers."""
+    return CudaTarget().prepare(trace(config, Topology(), 0))
+
+
+def load(
+    graph: Graph,
+    weights: Mapping[str, torch.Tensor],
+    limits: Limits,
+    products: Products = MEASURED,
+) -> CudaExecutable:
+    """An executable of one rank, its kernels compiled now."""
     major, minor = torch.cuda.get_device_capability()
     arch = f"sm_{major}{minor}"
-    weights = random_weights(graph)
-    modules = {
-        key: Module(compile_kernel(spec, arch, DEFAULT_CACHE).image, spec.entry)
-        for key, spec in engine_kernels(graph, limits, arch).items()
-    }
-    return CudaExecutable(graph, weights, modules, arch, limits)
+    kernels = engine_kernels(graph, limits, arch, products)
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(
+            lambda spec: compile_kernel(spec, arch, DEFAULT_CACHE), kernels.values()
+        )
+        modules = {
+            key: Module(result.image, kernels[key].entry)
+            for key, result in zip(kernels, compiled, strict=True)
+        }
+    ranks = Ranks(LocalComm(), Topology(), torch.device("cuda", torch.cuda.current_device()))
+    return CudaExecutable(graph, weights, modules, arch, limits, ranks, products)
+
+
+def bytes_read(graph: Graph, config: ModelConfig, kv_len: int, batch: int = 1) -> int:
+    """What a decode step must read: all weights, but of the embedding only one row a token, and
+    the keys and values of every sequence."""
+    weights = sum(math.prod(int(d) for d in p.shape) * 2 for p in graph.parameters)
+    if not config.tied_embeddings:
+        weights -= config.vocab_size * config.hidden_size * 2
+    kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * kv_len
+    return weights + batch * kv_bytes
 
 
 def serve(
@@ -121,17 +148,21 @@ def serve(
     return ttft, (end - firsts[0]) / (output_len - 1)
 
 
-def device_step(executable: CudaExecutable, batch: int, kv_len: int) -> float:
-    """Seconds of device time of one decode step with `kv_len` tokens a sequence."""
-    limits = executable.limits
-    blocks = -(-kv_len // limits.block_size)
+def decode_step(batch: int, kv_len: int, block_size: int) -> StepBatch:
+    """A decode step with `kv_len` tokens a sequence."""
+    blocks = -(-kv_len // block_size)
     ones = np.ones(batch, np.int32)
-    step = StepBatch(
+    return StepBatch(
         token_ids=ones, positions=ones * (kv_len - 1),
         query_starts=np.arange(batch + 1, dtype=np.int32), kv_lens=ones * kv_len,
         block_table=np.arange(batch * blocks, dtype=np.int32).reshape(batch, blocks),
         prompt_lens=ones * 128, logit_rows=np.arange(batch, dtype=np.int32),
     )  # fmt: skip
+
+
+def device_step(executable: CudaExecutable, batch: int, kv_len: int) -> float:
+    """Seconds of device time of one decode step with `kv_len` tokens a sequence."""
+    step = decode_step(batch, kv_len, executable.limits.block_size)
     for _ in range(3):
         executable.step(step)
     return executable.time_decode(step, repeat=30)
@@ -144,11 +175,8 @@ def bench(
     total = input_len + output_len
     most = max(batches)
     limits = Limits(most, total, max(2048, most), 32, most * -(-total // 32))
-    executable = load(config, limits)
-    head_only = 0 if config.tied_embeddings else config.vocab_size * config.hidden_size * 2
-    weight_bytes = (
-        sum(math.prod(int(d) for d in p.shape) * 2 for p in executable.graph.parameters) - head_only
-    )  # of the embedding only one row a token is read
+    graph = prepared(config)
+    executable = load(graph, random_weights(graph), limits)
     rows = []
     for batch in batches:
         serve(executable, config.vocab_size, batch, input_len, 8)
@@ -156,8 +184,7 @@ def bench(
             serve(executable, config.vocab_size, batch, input_len, output_len) for _ in range(2)
         ]
         middle = input_len + output_len // 2
-        kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * middle
-        floor = (weight_bytes + batch * kv_bytes) / bandwidth
+        floor = bytes_read(graph, config, middle, batch) / bandwidth
         ttft, tpot = (min(run[i] for run in runs) for i in range(2))
         device = device_step(executable, batch, middle)
         rows.append(

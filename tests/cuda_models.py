@@ -192,7 +192,8 @@ def poison(executable: Any) -> None:
     import torch
 
     executable.memory.arena.fill_(255)
-    torch.cuda.synchronize()
+    if executable.memory.arena.is_cuda:
+        torch.cuda.synchronize()
 
 
 class Driver:

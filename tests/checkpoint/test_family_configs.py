@@ -109,7 +109,6 @@ REFUSED = [
     ("chatglm", {"rmsnorm": False}),
     ("chatglm", {"post_layer_norm": False}),
     ("chatglm", {"add_bias_linear": True}),
-    ("chatglm", {"rope_ratio": 50}),
     ("chatglm", {"quantization_bit": 4}),
     ("deepseek_v2", {"norm_topk_prob": True}),
     ("deepseek_v2", {"topk_method": "noaux_tc"}),
@@ -133,6 +132,25 @@ def test_variants_that_are_not_supported_are_refused_by_name(
         read(tmp_path, {**values, **changes})
     field, value = list(changes.items())[-1]
     assert (next(iter(value)) if isinstance(value, dict) else field) in str(caught.value)
+
+
+def test_a_rope_ratio_is_read_as_the_model_that_has_it_does(tmp_path: Path) -> None:
+    family = BY_NAME["chatglm"]
+    values = {"architectures": [family.architectures[0]], **spelled(family, REQUIRED)}
+    values |= {"rope_ratio": 50, "padded_vocab_size": 65024}
+    with pytest.raises(UnsupportedModelError, match='set "_name_or_path" in it to "chatglm2" or'):
+        read(tmp_path, values)
+    second = read(tmp_path, {**values, "_name_or_path": "THUDM/chatglm2-6b-32k"}).rope
+    third = read(tmp_path, {**values, "_name_or_path": "THUDM/chatglm3-6b-32k"}).rope
+    fourth = read(tmp_path, {**values, "padded_vocab_size": 151552}).rope
+    assert second is not None and (second.theta, second.scaling, second.factor) == (
+        1e4,
+        "linear",
+        50,
+    )
+    assert (
+        third == fourth and third is not None and (third.theta, third.scaling) == (5e5, "default")
+    )
 
 
 BAD = [

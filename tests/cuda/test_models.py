@@ -22,6 +22,8 @@ from llmforge.engine.cuda.target import CudaTarget
 from llmforge.engine.step import SamplingParams
 from llmforge.model.decoder import trace
 from llmforge.parallel import Topology
+from llmforge.runtime.generate import generate
+from llmforge.runtime.requests import Request
 from llmforge.runtime.sampling import sample
 
 pytestmark = pytest.mark.gpu
@@ -104,6 +106,36 @@ def test_sampling_draws_as_the_runtime_does(sampling, tmp_path):
         assert tokens.tolist() == sample(cuda_logits, batch.sampling).tolist()
         driver.append(tokens.tolist(), [0, 1, 2])
         chunks = [1, 1, 1]
+
+
+class Waiting:
+    """An executable that does not run ahead."""
+
+    def __init__(self, executable):
+        self.limits, self.step = executable.limits, executable.step
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_running_ahead_gives_the_same_tokens(dtype, tmp_path):
+    config = of_dtype(MODELS["wide"], dtype)
+    _, cuda = both(config, tmp_path, seed=4)
+    rng = np.random.default_rng(6)
+    # More requests than fit a batch, that end at their length, or where a token happens to come.
+    requests = [
+        Request(
+            index,
+            tuple(rng.integers(0, config.vocab_size, int(rng.integers(1, 50))).tolist()),
+            int(rng.integers(1, 40)),
+            SamplingParams(temperature=float(index % 3), seed=index),
+            eos_token_ids=frozenset(rng.integers(0, config.vocab_size, 12).tolist()),
+        )
+        for index in range(3 * LIMITS.max_batch_size)
+    ]
+    done = [
+        [c.token_ids for c in generate(e, LocalComm(), requests, vocab_size=config.vocab_size)]
+        for e in (cuda, Waiting(cuda))
+    ]
+    assert done[0] == done[1]
 
 
 def test_ties_and_equal_logits(tmp_path):

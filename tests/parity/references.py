@@ -222,7 +222,11 @@ class ChatGLM(Reference):
     def half_rotated(self, x: Tensor) -> Tensor:
         """Pairs of neighbours in the first half of each head."""
         pairs = x[..., : HEAD_DIM // 2].float().unflatten(-1, (-1, 2))
-        turns = angles(x.shape[1], HEAD_DIM // 2)
+        ratio = self.config.get("rope_ratio", 1)
+        second = "chatglm2" in self.config.get("_name_or_path", "")
+        turns = angles(x.shape[1], HEAD_DIM // 2, 10000.0 * (1 if second else ratio))
+        if second:
+            turns = turns / ratio
         turned = torch.stack(
             (
                 pairs[..., 0] * turns.cos() - pairs[..., 1] * turns.sin(),
@@ -277,6 +281,28 @@ _BAICHUAN_13B = {
     "model_max_length": MAX_POSITION,
 }
 _SECOND = {"vocab_size": BAICHUAN2_VOCABULARY}
+_CHATGLM = {
+    "model_type": "chatglm",
+    "architectures": ["ChatGLMModel"],
+    "padded_vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": MLP,
+    "num_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "kv_channels": HEAD_DIM,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "add_qkv_bias": True,
+    "add_bias_linear": False,
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "apply_residual_connection_post_layernorm": False,
+    "original_rope": True,
+    "quantization_bit": 0,
+    "layernorm_epsilon": 1e-5,
+    "seq_length": MAX_POSITION,
+    "eos_token_id": None,
+}
 
 REFERENCES: list[Reference] = [
     InternLM2(
@@ -295,32 +321,13 @@ REFERENCES: list[Reference] = [
     Baichuan("baichuan-13b", _BAICHUAN_13B),
     Baichuan("baichuan2-7b", {**_BAICHUAN, **_SECOND}, BAICHUAN2_VOCABULARY),
     Baichuan("baichuan2-13b", {**_BAICHUAN_13B, **_SECOND}, BAICHUAN2_VOCABULARY),
+    ChatGLM("chatglm3", _CHATGLM, kv_heads=2),
     ChatGLM(
-        "chatglm3",
-        {
-            "model_type": "chatglm",
-            "architectures": ["ChatGLMModel"],
-            "padded_vocab_size": VOCABULARY,
-            "hidden_size": HIDDEN,
-            "ffn_hidden_size": MLP,
-            "num_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "kv_channels": HEAD_DIM,
-            "multi_query_attention": True,
-            "multi_query_group_num": 2,
-            "add_qkv_bias": True,
-            "add_bias_linear": False,
-            "rmsnorm": True,
-            "post_layer_norm": True,
-            "apply_residual_connection_post_layernorm": False,
-            "original_rope": True,
-            "quantization_bit": 0,
-            "layernorm_epsilon": 1e-5,
-            "seq_length": MAX_POSITION,
-            "eos_token_id": None,
-        },
+        "chatglm2-32k",
+        {**_CHATGLM, "_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio": 16},
         kv_heads=2,
     ),
+    ChatGLM("glm-4-9b-chat", {**_CHATGLM, "rope_ratio": 500}, kv_heads=2),
     Exaone(
         "exaone3",
         {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thread_comm import run_ranks
-from toy_model import VOCAB, ToyExecutable, limits, prompts, reference
+from toy_model import VOCAB, AheadToyExecutable, ToyExecutable, limits, prompts, reference
 
 from llmforge.comm import LocalComm
 from llmforge.engine.step import Limits, SamplingParams, StepResult
@@ -71,10 +71,10 @@ def workloads(draw):
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(workloads())
-def test_any_mix_in_any_cache_completes_with_the_same_tokens(workload):
+@given(workloads(), st.sampled_from([ToyExecutable, AheadToyExecutable]))
+def test_any_mix_in_any_cache_completes_with_the_same_tokens(workload, kind):
     requests, tight, arrivals = workload
-    executable = ToyExecutable(tight)
+    executable = kind(tight)
     done = {}
     with Session(executable, LocalComm(), vocab_size=VOCAB) as session:
         step = 0
@@ -92,8 +92,48 @@ def test_any_mix_in_any_cache_completes_with_the_same_tokens(workload):
             step += 1
             assert step < 5000, "livelock"
     assert session.scheduler.cache.num_free == tight.num_blocks
+    assert not session.scheduler.has_work
     for request in requests:
         assert list(done[request.index].token_ids) == reference(request, tight.max_seq_len)
+
+
+def test_a_step_begins_while_the_one_before_runs():
+    executable = AheadToyExecutable(limits())
+    requests = [Request(i, tuple(p), 10) for i, p in enumerate(prompts(4, 3))]
+    done = serve(executable, requests)
+    assert executable.ahead == [False] + [True] * 9, "no step more than without running ahead"
+    assert [list(c.token_ids) for c in done] == [reference(r, 32) for r in requests]
+    assert all(0 < c.ttft <= c.latency and c.num_drawn == 10 for c in done)
+
+
+def test_what_is_drawn_ahead_behind_an_end_is_dropped():
+    tokens = tuple(prompts(1, 3)[0])
+    all_tokens = reference(Request(0, tokens, 10), 32)
+    eos = frozenset(all_tokens[4:5])
+    executable = AheadToyExecutable(limits())
+    with Session(executable, LocalComm(), vocab_size=VOCAB) as session:
+        session.add(Request(0, tokens, 10, SamplingParams(), (), eos))
+        completions = []
+        while session.has_work:
+            completions += session.step()
+        # The step that was ahead is read before the next one, which reuses its blocks.
+        session.add(Request(1, tokens, 10))
+        while session.has_work:
+            completions += session.step()
+    length = all_tokens.index(next(iter(eos)))
+    assert list(completions[0].token_ids) == all_tokens[:length]
+    assert completions[0].num_drawn == length + 1
+    assert list(completions[1].token_ids) == all_tokens
+
+
+def test_a_penalty_for_repetition_waits_for_the_tokens():
+    executable = AheadToyExecutable(limits())
+    tokens = tuple(prompts(1, 3)[0])
+    penalised = Request(0, tokens, 5, SamplingParams(repetition_penalty=1.5))
+    plain = Request(1, tokens, 12)
+    done = serve(executable, [penalised, plain])
+    assert [list(c.token_ids) for c in done] == [reference(r, 32) for r in (penalised, plain)]
+    assert executable.ahead == [False] * 6 + [True] * 6
 
 
 def test_followers_run_the_same_steps():

@@ -19,12 +19,8 @@ def advance(scheduler: Scheduler) -> list[tuple[int, int, int]]:
     """One step in which every wanted token is 1: (request, start, stop) of its chunks."""
     chunks = scheduler.schedule()
     steps = [(chunk.sequence.request.index, chunk.start, chunk.stop) for chunk in chunks]
-    drawing = [chunk.sequence for chunk in chunks if chunk.wants_token]
-    scheduler.computed(chunks)
-    for sequence in drawing:
-        sequence.append(1)
-        if sequence.is_full:
-            scheduler.finish(sequence)
+    for draw in scheduler.begun(chunks):
+        draw.settle(1)
     return steps
 
 
@@ -70,6 +66,20 @@ def test_without_blocks_the_youngest_is_preempted_and_computed_again():
     assert again[2] > 7, "recomputed with its generated tokens"
     order = [index for step in steps for index, start, _ in step if start == 0]
     assert order == [0, 1, 1, 2], "a preempted request goes before those that wait"
+
+
+def test_a_sequence_that_is_preempted_while_its_last_token_is_drawn_ends_all_the_same():
+    scheduler = Scheduler(limits(num_blocks=5))
+    for index, prompt in enumerate([8, 7]):
+        scheduler.add(request(index, prompt, 8))
+    advance(scheduler)
+    draws = scheduler.begun(scheduler.schedule())  # three blocks and two
+    assert not scheduler.cache.num_free
+    scheduler.begun(scheduler.schedule())  # the second needs a third
+    second = draws[1].sequence
+    assert list(scheduler.waiting) == [second]
+    scheduler.end(second, draws[1].position)
+    assert not scheduler.waiting and second.num_tokens == 8
 
 
 def test_preempted_requests_get_the_same_tokens():

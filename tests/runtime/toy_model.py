@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from llmforge.engine.step import Limits, SampleRow, StepBatch, StepResult
+from llmforge.engine.step import Int32, Limits, SampleRow, StepBatch, StepResult
 from llmforge.runtime.requests import Request
 from llmforge.runtime.sampling import sample
 
@@ -79,6 +80,40 @@ class ToyExecutable:
             assert not batch.block_table[index, blocks:].any(), "unused entries are 0"
         assert len(set(used)) == len(used), "a block of two sequences"
         assert all(0 <= block < limits.num_blocks for block in used)
+
+
+class AheadToyExecutable(ToyExecutable):
+    """One that runs ahead: what a step draws is known to the next one at once, to the caller only
+    when it asks."""
+
+    def __init__(self, limits: Limits, vocab: int = VOCAB) -> None:
+        super().__init__(limits, vocab, on_device=True)
+        self.drawn = np.zeros(0, np.int32)
+        self.unread: list[int] = []  # steps whose tokens nobody has asked for
+        self.ahead: list[bool] = []  # which steps began with tokens that were still being drawn
+
+    def begin(self, batch: StepBatch) -> Callable[[], Int32]:
+        assert len(self.unread) < 2, "the tokens of the last step but one are not read yet"
+        ids = batch.token_ids
+        assert (ids >= 0).all() or self.unread, "the last step's tokens are known"
+        assert (~ids < len(self.drawn)).all(), "the last step drew fewer tokens"
+        drawn = self.step(replace(batch, token_ids=self._resolved(ids))).tokens
+        assert drawn is not None
+        self.drawn = drawn
+        number = len(self.batches)
+        self.unread.append(number)
+        self.ahead.append(bool((ids < 0).any()))
+
+        def tokens() -> Int32:
+            assert self.unread.pop(0) == number, "read in another order"
+            return drawn
+
+        return tokens
+
+    def _resolved(self, ids: Int32) -> Int32:
+        if not (ids < 0).any():
+            return ids
+        return np.where(ids < 0, self.drawn[np.where(ids < 0, ~ids, 0)], ids)
 
 
 def reference(request: Request, max_seq_len: int, vocab: int = VOCAB) -> list[int]:

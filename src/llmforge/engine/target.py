@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llmforge.comm import Comm
 from llmforge.engine.memory import MemoryPlan
-from llmforge.engine.step import Limits, StepBatch, StepResult
+from llmforge.engine.step import Int32, Limits, StepBatch, StepResult
 from llmforge.errors import SettingsError, TargetError
 from llmforge.model.graph import Graph, Parameter
 from llmforge.parallel import Topology
@@ -58,6 +58,21 @@ class Executable(Protocol):
 
     def close(self) -> None:
         """Give back what the executable holds."""
+        ...
+
+
+@runtime_checkable
+class RunsAhead(Protocol):
+    """An executable that takes a step while the one before still runs. It draws on its device, so
+    that the tokens need not pass through the host."""
+
+    def begin(self, batch: StepBatch) -> Callable[[], Int32]:
+        """Begin a step; the function that is returned waits for it and gives the tokens [R]. Call
+        each once, in order, and before the next step but one begins.
+
+        A token id below zero stands for what the step before draws: ``~i`` for its row i. Only for
+        engines of one rank; where a row needs its sequence's history, it must be known.
+        """
         ...
 
 

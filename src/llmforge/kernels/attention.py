@@ -63,6 +63,8 @@ def qkv(
     require(k.features == v.features == cache.kv_heads * cache.head_dim, "qkv: k, v and cache")
     require(q_out.contiguous and q_out.features == q.features, "qkv: q_out is q, contiguous")
     require((q_norm is None) == (k_norm is None), "qkv: q and k are normed both or neither")
+    norms = [o for o in (q_norm, k_norm) if o is not None]
+    require(all(o.features == cache.head_dim for o in norms), "qkv: norms of single heads")
     warps = 4
     spec = specialised(
         "qkv.cu", "qkv", dtype, HEADS=heads, WARPS=warps, BIAS=int(bias is not None),

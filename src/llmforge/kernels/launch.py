@@ -129,19 +129,26 @@ def block_threads(packs: int, most: int) -> int:
     return min(most, -(-packs // 32) * 32)
 
 
-def gather(out: Operand, table: Operand, ids: Operand, *, first: int = 0) -> Launch:
-    """out[i] = table[ids[i] - first]; zeros where the table has no such row."""
+def gather(
+    out: Operand, table: Operand, ids: Operand, *, first: int = 0, drawn: Operand | None = None
+) -> Launch:
+    """out[i] = table[ids[i] - first]; zeros where the table has no such row. With `drawn`, an id
+    below zero, ~j, stands for the id drawn[j]."""
     dtype = same_dtype(out, table)
     hidden = table.features
     require(out.features == hidden and ids.dtype == "int32", "gather: out and table differ")
     require(out.contiguous and table.contiguous, "gather: rows must be contiguous")
     width = load_width(out, table, run=hidden)
     threads = block_threads(hidden // width, 256)
-    spec = specialised("gather.cu", "gather", dtype, HIDDEN=hidden, WIDTH=width, THREADS=threads)
+    spec = specialised(
+        "gather.cu", "gather", dtype,
+        HIDDEN=hidden, WIDTH=width, THREADS=threads, DRAWN=int(drawn is not None),
+    )  # fmt: skip
     rows = ids.shape[0]
     # The number of rows is symbolic where the table is an activation; its ids are then in range.
     table_rows = table.shape[0] if isinstance(table.shape[0], int) else 2**31 - 1
-    return Launch(spec, (out, table, ids, table_rows, first), (extent(rows), 1, 1), threads)
+    arguments = (out, table, ids, drawn, table_rows, first)
+    return Launch(spec, arguments, (extent(rows), 1, 1), threads)
 
 
 def extent(dim: Dim) -> Extent:

@@ -79,7 +79,8 @@ def _cached_tokens(request: Request, limits: Limits) -> int:
 class SequenceState:
     """A request while it waits or runs.
 
-    num_tokens: prompt and generated tokens; num_computed: how many of them the cache holds.
+    num_tokens: prompt and generated tokens, the last of which may still be being drawn;
+    num_computed: how many of them the cache holds once the steps that have begun are over.
     """
 
     def __init__(self, request: Request, number: int, limits: Limits) -> None:
@@ -94,7 +95,8 @@ class SequenceState:
 
     @property
     def tokens(self) -> Int32:
-        """The sequence so far. A view whose content does not change later."""
+        """The sequence so far: a view. A token that is still being drawn is ``~row`` in it, the row
+        in which the step draws it (see `RunsAhead`); the others do not change later."""
         return self.all_tokens[: self.num_tokens]
 
     @property
@@ -103,12 +105,8 @@ class SequenceState:
 
     @property
     def is_full(self) -> bool:
-        """As long as it may become."""
+        """As long as it may become: it needs no more steps than have begun."""
         return self.num_tokens == self.final_tokens
-
-    def append(self, token: int) -> None:
-        self.all_tokens[self.num_tokens] = token
-        self.num_tokens += 1
 
 
 class Chunk(NamedTuple):
@@ -128,11 +126,24 @@ class Chunk(NamedTuple):
         return self.stop - self.start == 1 and self.start >= self.sequence.num_prompt
 
 
+class Draw(NamedTuple):
+    """A token that a step draws: the one of `sequence` at `position`."""
+
+    sequence: SequenceState
+    position: int
+
+    def settle(self, token: int) -> None:
+        """The step is over; this is what it drew."""
+        self.sequence.all_tokens[self.position] = token
+
+
 class Scheduler:
     """Chooses each step's chunks, and owns the KV cache's block tables.
 
-    Use: ``add`` at any time; then in turn ``schedule``, run the step, ``computed`` for its chunks,
-    append the drawn tokens, and ``finish`` for the sequences that are done.
+    Use: ``add`` at any time; then in turn ``schedule``, begin the step, ``begun`` for its chunks;
+    for what it returns, ``settle`` once the step is over, and ``end`` where a sequence ends before
+    its full length. The next step may be scheduled before: its sequences count the tokens that are
+    still being drawn.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -174,13 +185,36 @@ class Scheduler:
         assert chunks or not self.has_work, "no progress"
         return chunks
 
-    def computed(self, chunks: Iterable[Chunk]) -> None:
-        """The step has run: the cache holds these chunks."""
-        for chunk in chunks:
-            chunk.sequence.num_computed = chunk.stop
+    def begun(self, chunks: Iterable[Chunk]) -> list[Draw]:
+        """The step of these chunks has begun. Returns the tokens that it draws, in order of rows.
 
-    def finish(self, sequence: SequenceState) -> None:
-        """Remove a running sequence and free its blocks."""
+        A sequence whose last token is among them leaves with its blocks: whoever gets them next
+        uses them in a later step, and steps are executed one after the other.
+        """
+        draws: list[Draw] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            wants_token = chunk.wants_token
+            sequence.num_computed = chunk.stop
+            if not wants_token:
+                continue
+            sequence.all_tokens[sequence.num_tokens] = ~len(draws)
+            draws.append(Draw(sequence, sequence.num_tokens))
+            sequence.num_tokens += 1
+            if sequence.is_full:
+                self._leave(sequence)
+        return draws
+
+    def end(self, sequence: SequenceState, num_tokens: int) -> None:
+        """The sequence ends with `num_tokens` tokens, whatever steps that have begun still draw."""
+        if not sequence.is_full:  # else it has left
+            if sequence in self.running:
+                self._leave(sequence)
+            else:
+                self.waiting.remove(sequence)  # preempted meanwhile
+        sequence.num_tokens = num_tokens
+
+    def _leave(self, sequence: SequenceState) -> None:
         self.running.remove(sequence)
         self.cache.free(sequence.number)
 

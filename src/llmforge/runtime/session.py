@@ -1,7 +1,8 @@
 """The engine loop: schedule → StepBatch → Executable.step → sampled tokens → text.
 
 `Session` runs it on rank 0, `follow` on every other rank of the engine. It serves `generate` and
-`bench` alike and does not know which target it drives.
+`bench` alike and does not know which target it drives. Where the executable can run ahead, a step
+is scheduled and begun while the one before is computed, so the device does not wait for the host.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import numpy as np
 
 from llmforge.comm import Comm
 from llmforge.engine.step import Int32, SampleRow, StepBatch
-from llmforge.engine.target import Executable
+from llmforge.engine.target import Executable, RunsAhead
 from llmforge.errors import RequestError
 from llmforge.runtime.detokenizer import TextStream
 from llmforge.runtime.requests import Completion, FinishReason, Request
 from llmforge.runtime.sampling import sample
-from llmforge.runtime.scheduler import Chunk, Scheduler, SequenceState, refusal
+from llmforge.runtime.scheduler import Chunk, Draw, Scheduler, SequenceState, refusal
 
 if TYPE_CHECKING:
     from llmforge.runtime.tokenizer import Tokenizer
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepStats:
-    """A step that has run: its wall time, sampling included, and the new tokens it computed."""
+    """A step that has run: its wall time, sampling included, and the new tokens it computed. Where
+    it began before the end of the one before, its time is from that end on."""
 
     seconds: float
     prefill_tokens: int
@@ -45,6 +47,18 @@ class _Live:
     submitted: float
     first_token: float | None = None
     num_drawn: int = 0
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that has begun. `tokens` waits for it and gives what it drew, a token for each of
+    `draws`."""
+
+    began: float
+    prefill_tokens: int
+    decode_tokens: int
+    draws: list[Draw]
+    tokens: Callable[[], Int32]
 
 
 class Session:
@@ -76,12 +90,16 @@ class Session:
         self._on_text = on_text
         self._clock = clock
         self._live: dict[int, _Live] = {}  # by the sequence's number
+        self._ahead = executable if comm.size == 1 and isinstance(executable, RunsAhead) else None
+        self._flight: _Flight | None = None  # begun ahead
+        self._ended = 0.0  # when the last step did
+        self._num_penalised = 0  # of the live requests, those whose draws need the tokens before
         self._stepping = False
         self._closed = False
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return bool(self._live)
 
     def add(self, request: Request) -> None:
         """Submit a request; it starts in one of the next steps. Raises RequestError where the
@@ -98,22 +116,23 @@ class Session:
             stream = TextStream(self._tokenizer, request.token_ids, request.stop)
         sequence = self.scheduler.add(request)
         self._live[sequence.number] = _Live(request, stream, self._clock())
+        self._num_penalised += request.sampling.repetition_penalty != 1.0
 
     def step(self) -> list[Completion]:
         """Run one step. Returns the requests that it finished. Needs `has_work`."""
         assert self.has_work and not self._closed
-        started = self._clock()
-        chunks = self.scheduler.schedule()
-        batch = self._batch(chunks)
-        tokens = self._execute(batch)
-        self.scheduler.computed(chunks)
+        flight, self._flight = self._flight or self._begin(), None
+        if self._ahead and self.scheduler.has_work and not self._num_penalised:
+            self._flight = self._begin()
+        tokens = flight.tokens()
         now = self._clock()
-        decoded = sum(chunk.is_decode for chunk in chunks)
-        self.last_step = StepStats(now - started, batch.num_tokens - decoded, decoded)
-        drawing = [chunk.sequence for chunk in chunks if chunk.wants_token]
+        self.last_step = StepStats(
+            now - max(flight.began, self._ended), flight.prefill_tokens, flight.decode_tokens
+        )
+        self._ended = now
         finished = []
-        for sequence, token in zip(drawing, tokens.tolist(), strict=True):
-            if completion := self._accept(sequence, token, now):
+        for draw, token in zip(flight.draws, tokens.tolist(), strict=True):
+            if completion := self._accept(draw, token, now):
                 finished.append(completion)
         return finished
 
@@ -134,6 +153,16 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _begin(self) -> _Flight:
+        """Schedule a step and begin it."""
+        began = self._clock()
+        chunks = self.scheduler.schedule()
+        batch = self._batch(chunks)
+        decoded = sum(chunk.is_decode for chunk in chunks)
+        tokens = self._execute(batch)
+        draws = self.scheduler.begun(chunks)
+        return _Flight(began, batch.num_tokens - decoded, decoded, draws, tokens)
 
     def _batch(self, chunks: Sequence[Chunk]) -> StepBatch:
         sequences = [chunk.sequence for chunk in chunks]
@@ -160,41 +189,51 @@ class Session:
     def _sample_row(self, sequence: SequenceState) -> SampleRow:
         return SampleRow(sequence.request.sampling, sequence.num_tokens, sequence.tokens)
 
-    def _execute(self, batch: StepBatch) -> Int32:
-        """The step on all ranks; the tokens [R]."""
+    def _execute(self, batch: StepBatch) -> Callable[[], Int32]:
+        """Begin the step on all ranks; what gives its tokens [R]."""
+        if self._ahead is not None:
+            return self._ahead.begin(batch)
         self._stepping = True
         if self._comm.size > 1:
             self._comm.broadcast(replace(batch, sampling=()))
         result = self._executable.step(batch)
         self._stepping = False
         if result.tokens is not None:
-            return result.tokens
-        assert result.logits is not None, "an executable returns tokens or logits on rank 0"
-        return sample(result.logits, batch.sampling)
+            tokens = result.tokens
+        else:
+            assert result.logits is not None, "an executable returns tokens or logits on rank 0"
+            tokens = sample(result.logits, batch.sampling)
+        return lambda: tokens
 
-    def _accept(self, sequence: SequenceState, token: int, now: float) -> Completion | None:
+    def _accept(self, draw: Draw, token: int, now: float) -> Completion | None:
         """Take a drawn token; the completion if it was the last."""
-        live = self._live[sequence.number]
+        sequence, position = draw
+        live = self._live.get(sequence.number)
+        if live is None:
+            return None  # drawn ahead, behind the end of the sequence
         request = live.request
         live.num_drawn += 1
         if live.first_token is None:
             live.first_token = now
         if token in request.eos_token_ids and not request.ignore_eos:
-            return self._finish(sequence, live, "eos", now)
-        sequence.append(token)
+            return self._finish(sequence, position, live, "eos", now)
+        draw.settle(token)
+        length = position + 1
         if live.stream is not None:
             self._emit(live, live.stream.push(token))
             if live.stream.stopped:
-                return self._finish(sequence, live, "stop", now)
-        if sequence.is_full:
-            return self._finish(sequence, live, "length", now)
+                return self._finish(sequence, length, live, "stop", now)
+        if length == sequence.final_tokens:
+            return self._finish(sequence, length, live, "length", now)
         return None
 
     def _finish(
-        self, sequence: SequenceState, live: _Live, reason: FinishReason, now: float
+        self, sequence: SequenceState, length: int, live: _Live, reason: FinishReason, now: float
     ) -> Completion:
-        self.scheduler.finish(sequence)
+        """The completion of a sequence that ends with `length` tokens."""
+        self.scheduler.end(sequence, length)
         del self._live[sequence.number]
+        self._num_penalised -= live.request.sampling.repetition_penalty != 1.0
         text = None
         if live.stream is not None:
             self._emit(live, live.stream.finish())

@@ -1,5 +1,5 @@
 """Families whose code is not in transformers but beside their weights: InternLM2, Baichuan 1 and
-2, ChatGLM 2 and 3, Exaone 3. That code is never executed: the rows say what it defines."""
+2, ChatGLM 2 and 3, GLM-4, Exaone 3. That code is never executed: the rows say what it defines."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ _BAICHUAN_RULES: Rules = (
 )
 
 
-# -- ChatGLM 2 and 3 -------------------------------------------------------------------------------
+# -- ChatGLM 2 and 3, GLM-4 ------------------------------------------------------------------------
 
 
 def _read_chatglm(family: Family, fields: Fields) -> ModelConfig:
@@ -103,9 +103,6 @@ def _read_chatglm(family: Family, fields: Fields) -> ModelConfig:
         ("post_layer_norm", True),
         ("add_bias_linear", False),
         ("original_rope", True),
-        # ChatGLM2 divides positions by it, ChatGLM3 multiplies the base: a config does not say
-        # whose it is.
-        ("rope_ratio", 1),
         ("quantization_bit", 0),
         ("pre_seq_len", None),
     ):
@@ -118,9 +115,30 @@ def _read_chatglm(family: Family, fields: Fields) -> ModelConfig:
         Fields(fields.path, {**fields.data, "head_dim": head_dim}, aliases=fields.aliases),
         num_kv_heads=fields.integer("multi_query_group_num", 1) if grouped else heads,
         qkv_bias=fields.flag("add_qkv_bias", False),
-        rope=RopeConfig(10000.0, head_dim // 2),
+        rope=_chatglm_rope(fields, head_dim // 2),
         activation="silu",
     )
+
+
+def _chatglm_rope(fields: Fields, dim: int) -> RopeConfig:
+    """ChatGLM2 divides positions by `rope_ratio`; ChatGLM3 and GLM-4 multiply the base by it. Of
+    the first two, only the name in the config says whose it is."""
+    ratio = fields.number("rope_ratio", 1.0)
+    name = fields.text("_name_or_path", "").lower()
+    if ratio == 1:
+        return RopeConfig(10000.0, dim)
+    if "chatglm2" in name:
+        return RopeConfig(10000.0, dim, scaling="linear", factor=ratio)
+    if fields.integer("vocab_size") == _CHATGLM_VOCABULARY and "chatglm3" not in name:
+        raise UnsupportedModelError(
+            f"{fields.path} has rope_ratio {ratio:g}, by which ChatGLM2 divides positions and "
+            'ChatGLM3 multiplies the base; say whose it is: set "_name_or_path" in it to '
+            '"chatglm2" or "chatglm3"'
+        )
+    return RopeConfig(10000.0 * ratio, dim)
+
+
+_CHATGLM_VOCABULARY = 65024  # of ChatGLM2 and 3; GLM-4's is larger
 
 
 def _halved_qkv(arrays: list[Array], config: ModelConfig) -> list[Array]:
@@ -205,7 +223,7 @@ REMOTE_FAMILIES = (
             "max_position_embeddings": "seq_length",
             "norm_eps": "layernorm_epsilon",
         },
-        "ChatGLM 2 and 3: neighbouring elements rotated, half of each head; merged qkv and gate-up",
+        "ChatGLM 2, 3, GLM-4: neighbouring elements rotated, half a head; merged qkv and gate-up",
     ),
     Family(
         "exaone",

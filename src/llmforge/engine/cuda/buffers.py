@@ -23,9 +23,40 @@ from llmforge.model.reference import DTYPES
 Tensor = torch.Tensor
 
 
+class Staging:
+    """The host's side of a step: its arrays, to be uploaded, and what it draws. In pinned memory,
+    so that copies run beside the host's work."""
+
+    def __init__(self, nbytes: int, limits: Limits) -> None:
+        self.arrays = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+        # The tokens, then the largest logits.
+        self.drawn = torch.zeros(2 * limits.max_batch_size, dtype=torch.int32, pin_memory=True)
+        self.done = torch.cuda.Event()  # recorded behind the step
+        self._arrays = self.arrays.numpy()
+        self._drawn = self.drawn.numpy()
+        self._limits = limits
+
+    def array(self, program: Program, name: str, dtype: Any = np.int32) -> Any:
+        """An array of the program's step."""
+        field = program.layout.fields[name]
+        itemsize = np.dtype(dtype).itemsize
+        return self._arrays[field.offset : field.offset + field.count * itemsize].view(dtype)
+
+    def tokens(self, batch: StepBatch) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The tokens drawn; waits for them. Raises RequestError where a row had no finite largest
+        logit."""
+        self.done.synchronize()
+        count = len(batch.logit_rows)
+        largest = self._drawn[self._limits.max_batch_size :].view(np.float32)[:count]
+        check_drawn(largest, batch.sampling)
+        tokens: np.ndarray[Any, np.dtype[np.int32]] = self._drawn[:count].copy()
+        return tokens
+
+
 class Memory:
     """Weights, KV cache, the arena that programs share, their scratch, and the step's arrays on
-    both sides. The cache has one block more than the limits say, for what fills up a bucket."""
+    both sides: on the host's those of two steps, for the next is prepared while one runs. The cache
+    has one block more than the limits say, for what fills up a bucket."""
 
     def __init__(
         self,
@@ -74,11 +105,8 @@ class Memory:
             max(p.arena_bytes for p in all_programs), dtype=torch.uint8, device=device
         )
         most = max(p.layout.nbytes for p in all_programs)
-        self.step_host = torch.zeros(most, dtype=torch.uint8, pin_memory=True)
         self.step_device = torch.zeros(most, dtype=torch.uint8, device=device)
-        self.drawn_host = torch.zeros(2 * batch, dtype=torch.int32, pin_memory=True)
-        self._step = self.step_host.numpy()
-        self._drawn = self.drawn_host.numpy()
+        self.staging = (Staging(most, limits), Staging(most, limits))
         self._history_host = torch.zeros(batch * limits.max_seq_len, dtype=torch.int32)
 
     def address(self, program: Program, name: str) -> int:
@@ -102,26 +130,12 @@ class Memory:
             return base.as_strided(shape, strides)
         return self.tensors[operand.buffer]
 
-    def host(self, program: Program, name: str, dtype: Any = np.int32) -> Any:
-        """The host's side of an array of the step."""
-        field = program.layout.fields[name]
-        itemsize = np.dtype(dtype).itemsize
-        return self._step[field.offset : field.offset + field.count * itemsize].view(dtype)
-
-    def fill_sampling(self, program: Program, batch: StepBatch) -> None:
+    def fill_sampling(self, staging: Staging, program: Program, batch: StepBatch) -> None:
         """Write how to sample each row, and upload the histories where any row needs one."""
-        rows = self.host(program, "sampling", PARAMS)[: len(batch.sampling)]
+        rows = staging.array(program, "sampling", PARAMS)[: len(batch.sampling)]
         used = fill_params(rows, batch.sampling, self._history_host.numpy())
         if used:
             self.tensors["sample.history"][:used].copy_(self._history_host[:used])
-
-    def tokens(self, batch: StepBatch) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """The tokens drawn. Raises RequestError where a row had no finite largest logit."""
-        count = len(batch.logit_rows)
-        largest = self._drawn[self.limits.max_batch_size :].view(np.float32)[:count]
-        check_drawn(largest, batch.sampling)
-        tokens: np.ndarray[Any, np.dtype[np.int32]] = self._drawn[:count].copy()
-        return tokens
 
 
 def _split_scratch(graph: Graph, all_programs: list[Program]) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """A rank's engine on the GPU.
 
-Decode steps run as one CUDA graph a batch bucket: the upload of the step's arrays, the network,
-sampling, and the download of the tokens. Other steps launch the same kinds of kernels one by one.
-Either way the host waits once a step.
+Decode steps run as one CUDA graph a batch bucket: the network and sampling. Other steps launch the
+same kinds of kernels one by one. Either way a step is one upload, the kernels and one download, and
+the host waits once. It may begin the next step before it waits: a token that the step before draws
+is then read where that step leaves it on the GPU.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import numpy as np
 import torch
 
 from llmforge.comm import Comm
-from llmforge.engine.cuda.buffers import Memory
+from llmforge.engine.cuda.buffers import Memory, Staging
 from llmforge.engine.cuda.modules import load_modules
 from llmforge.engine.cuda.program import HeadMatmul, Instruction, Matmul, Program, Transfer
 from llmforge.engine.cuda.ranks import Ranks, take_device
 from llmforge.engine.cuda.sampling import sampling_launch
+from llmforge.engine.cuda.state import MEASURED, Products
 from llmforge.engine.cuda.target import (
     WEIGHTS_FILE,
     programs,
 )
 from llmforge.engine.cuda.weights import load_weights
-from llmforge.engine.device_sampling import GREEDY, PARAMS, fill_params
-from llmforge.engine.step import Limits, StepBatch, StepResult
+from llmforge.engine.device_sampling import GREEDY, PARAMS
+from llmforge.engine.step import Int32, Limits, StepBatch, StepResult
 from llmforge.engine.store import read_graph
 from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, PARTS, TENSOR_RANK
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
@@ -56,9 +58,10 @@ class CudaExecutable:
         arch: str,
         limits: Limits,
         ranks: Ranks,
+        products: Products = MEASURED,
     ) -> None:
         """`weights` are the graph's parameters on the current device, `modules` its kernels for
-        `arch`."""
+        `arch` and `products`."""
         self.limits = limits
         self.ranks = ranks
         self.graph = graph
@@ -71,7 +74,8 @@ class CudaExecutable:
         properties = torch.cuda.get_device_properties(self.device)
         self.sizes.set("processors", properties.multi_processor_count)
         self._last: _Runner
-        lowered = programs(graph, limits, arch, ranks.links)
+        self._turn = 0  # which of the two staging areas the last step has
+        lowered = programs(graph, limits, arch, ranks.links, products)
         shared = ranks.connect(lowered, self.sizes)
         self.memory = Memory(graph, limits, weights, lowered, self.device, shared)
         with torch.cuda.stream(self._stream):
@@ -96,19 +100,33 @@ class CudaExecutable:
 
     def step(self, batch: StepBatch) -> StepResult:
         """Tokens where `batch` says how to sample, else logits."""
-        runner = self._runner_of(batch)
         with torch.cuda.stream(self._stream):
-            if batch.sampling:
-                self.memory.fill_sampling(runner.program, batch)
-            runner.run(batch)
-            self._stream.synchronize()
-            self._last = runner
+            staging = self._begin(batch)
+            staging.done.synchronize()
             if self.ranks.rank != 0:
                 return StepResult()
             rows = len(batch.logit_rows)
             if batch.sampling or not rows:
-                return StepResult(tokens=self.memory.tokens(batch))
+                return StepResult(tokens=staging.tokens(batch))
             return StepResult(logits=self.last_logits(rows))
+
+    def begin(self, batch: StepBatch) -> Callable[[], Int32]:
+        """See `RunsAhead`."""
+        with torch.cuda.stream(self._stream):
+            staging = self._begin(batch)
+        return lambda: staging.tokens(batch)
+
+    def _begin(self, batch: StepBatch) -> Staging:
+        """Put a step on the stream."""
+        runner = self._runner_of(batch)
+        self._turn = 1 - self._turn
+        staging = self.memory.staging[self._turn]
+        if batch.sampling:
+            self.memory.fill_sampling(staging, runner.program, batch)
+        runner.run(batch, staging)
+        staging.done.record()
+        self._last = runner
+        return staging
 
     def last_logits(self, rows: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The first `rows` rows of the logits of the last step, in float32."""
@@ -122,7 +140,7 @@ class CudaExecutable:
         one that differs from another target's."""
         runner = self._runner_of(batch)
         with torch.cuda.stream(self._stream):
-            names = runner.run_eagerly(batch, stop_after)
+            names = runner.run_eagerly(batch, self.memory.staging[0], stop_after)
             rows = {"tokens": batch.num_tokens, "rows": len(batch.logit_rows)}
             copies = {name: runner.tensor(name, rows).clone() for name in names}
             # The caller reads them on another stream, which does not wait for this one.
@@ -149,6 +167,7 @@ class CudaExecutable:
         return self._runner_of(batch).program.instructions
 
     def close(self) -> None:
+        self._stream.synchronize()
         self._decodes.clear()
         self.ranks.close()
         del self._general, self.memory, self._modules
@@ -199,23 +218,24 @@ class _Runner:
         draws = owner.ranks.rank == 0
         self._sample = owner.bind_launch(sampling_launch(program), program) if draws else None
         self.graph: torch.cuda.CUDAGraph | None = None
-        layout = program.layout
-        self._host = self._memory.step_host[: layout.nbytes]
-        self._device = self._memory.step_device[: layout.nbytes]
-        self._table = self._memory.host(program, "block_table").reshape(-1, layout.table_stride)
+        self._nbytes = program.layout.nbytes
+        self._device = self._memory.step_device[: self._nbytes]
 
-    def run(self, batch: StepBatch) -> None:
+    def run(self, batch: StepBatch, staging: Staging) -> None:
         """Compute the step and draw its tokens."""
+        self._upload(batch, staging)
         if self.graph is None:
-            self._fill(batch)
             self._launch_all()
-            return
-        self._fill_decode(batch)
-        self.graph.replay()
+        else:
+            self.graph.replay()
+        if self._sample and self._sizes.get("rows"):
+            staging.drawn.copy_(self._memory.tensors["sample.tokens"], non_blocking=True)
 
-    def run_eagerly(self, batch: StepBatch, stop_after: int | None) -> tuple[str, ...]:
+    def run_eagerly(
+        self, batch: StepBatch, staging: Staging, stop_after: int | None
+    ) -> tuple[str, ...]:
         """Compute the step up to an instruction; the names of what it computed."""
-        (self._fill if self.graph is None else self._fill_decode)(batch)
+        self._upload(batch, staging)
         self._launch_all(stop_after)
         if stop_after is None:
             return self.program.outputs
@@ -226,8 +246,7 @@ class _Runner:
         nothing = np.zeros(0, np.int32)
         no_table = nothing.reshape(0, 0)
         empty = StepBatch(nothing, nothing, nothing, nothing, no_table, nothing, nothing)
-        self._fill_decode(empty)
-        fill_params(self._memory.host(self.program, "sampling", PARAMS), (), nothing)
+        self._upload(empty, self._memory.staging[0])
         self._launch_all()  # once before: libraries make their handles and workspaces now
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -249,48 +268,57 @@ class _Runner:
 
     def _launch_all(self, stop_after: int | None = None) -> None:
         stream = torch.cuda.current_stream().cuda_stream
-        self._device.copy_(self._host, non_blocking=True)
         for call in self._calls if stop_after is None else self._calls[: stop_after + 1]:
             call(stream)
         if self._sample and stop_after is None and self._sizes.get("rows"):
             self._sample(stream)
-            drawn = self._memory.tensors["sample.tokens"]
-            self._memory.drawn_host.copy_(drawn, non_blocking=True)
 
-    def _fill(self, batch: StepBatch) -> None:
-        host = self._memory.host
+    def _upload(self, batch: StepBatch, staging: Staging) -> None:
+        """Fill the step's arrays and set its sizes."""
+        if self.program.shape.decode:
+            self._fill_decode(batch, staging)
+        else:
+            self._fill(batch, staging)
+        self._device.copy_(staging.arrays[: self._nbytes], non_blocking=True)
+
+    def _fill(self, batch: StepBatch, staging: Staging) -> None:
         for name in STEP_ARRAYS:
             values = getattr(batch, name)
-            host(self.program, name)[: len(values)] = values
+            staging.array(self.program, name)[: len(values)] = values
         count, width = batch.block_table.shape
-        self._table[:count, :width] = batch.block_table
+        self._table(staging)[:count, :width] = batch.block_table
         if not batch.sampling:
-            fill_params(host(self.program, "sampling", PARAMS), (), np.zeros(0, np.int32))
+            staging.array(self.program, "sampling", PARAMS)[:] = GREEDY
         self._sizes.set("tokens", batch.num_tokens)
         self._sizes.set("sequences", count)
         self._sizes.set("rows", len(batch.logit_rows))
         self._sizes.set("longest_query", int(np.diff(batch.query_starts).max(initial=0)))
 
-    def _fill_decode(self, batch: StepBatch) -> None:
+    def _fill_decode(self, batch: StepBatch, staging: Staging) -> None:
         """As `_fill`, and the rest of the bucket with sequences of one token in the spare block."""
-        host, program = self._memory.host, self.program
+        program = self.program
         size, count = program.shape.sequences, batch.num_sequences
         for name, fill in (("token_ids", 0), ("positions", 0), ("kv_lens", 1), ("prompt_lens", 1)):
-            target = host(program, name)
+            target = staging.array(program, name)
             target[:count] = getattr(batch, name)
             target[count:] = fill
-        host(program, "query_starts")[:] = np.arange(size + 1)
-        host(program, "logit_rows")[:] = np.arange(size)
-        width = batch.block_table.shape[1]
-        self._table[:count, :width] = batch.block_table
-        self._table[count:, 0] = self._memory.limits.num_blocks
+        staging.array(program, "query_starts")[:] = np.arange(size + 1)
+        staging.array(program, "logit_rows")[:] = np.arange(size)
+        table, width = self._table(staging), batch.block_table.shape[1]
+        table[:count, :width] = batch.block_table
+        table[count:, 0] = self._memory.limits.num_blocks
         if count < size or not batch.sampling:
             first = count if batch.sampling else 0
-            host(program, "sampling", PARAMS)[first:] = GREEDY
+            staging.array(program, "sampling", PARAMS)[first:] = GREEDY
         self._sizes.set("tokens", size)
         self._sizes.set("sequences", size)
         self._sizes.set("rows", size)
         self._sizes.set("longest_query", 1)
+
+    def _table(self, staging: Staging) -> Any:
+        """The step's block tables, a row for each sequence."""
+        array = staging.array(self.program, "block_table")
+        return array.reshape(-1, self.program.layout.table_stride)
 
 
 class _BoundMatmul:

@@ -14,7 +14,8 @@ from llmforge.engine.cuda import collectives, experts, latent
 from llmforge.engine.cuda.patterns import PATTERNS
 from llmforge.engine.cuda.products import attend, norm, product
 from llmforge.engine.cuda.program import Program, StepShape
-from llmforge.engine.cuda.state import Lowering
+from llmforge.engine.cuda.sampling import DRAWN
+from llmforge.engine.cuda.state import Lowering, Products
 from llmforge.engine.step import Limits
 from llmforge.kernels import attention
 from llmforge.kernels import launch as kernels
@@ -22,9 +23,9 @@ from llmforge.kernels.launch import Operand
 from llmforge.model.graph import Graph, Node
 
 
-def lower(graph: Graph, limits: Limits, shape: StepShape) -> Program:
+def lower(graph: Graph, limits: Limits, shape: StepShape, products: Products) -> Program:
     """The program of a prepared graph for steps of this shape."""
-    low = Lowering(graph, limits, shape)
+    low = Lowering(graph, limits, shape, products)
     index = 0
     while index < len(graph.nodes):
         for pattern in PATTERNS:
@@ -40,7 +41,8 @@ def lower(graph: Graph, limits: Limits, shape: StepShape) -> Program:
 def _embed(low: Lowering, node: Node) -> None:
     ids, weight = (low.operand(name) for name in node.inputs)
     out = low.new(node.outputs[0])
-    low.emit(kernels.gather(out, weight, ids, first=node.attrs["start"]), node.outputs[0])
+    call = kernels.gather(out, weight, ids, first=node.attrs["start"], drawn=DRAWN)
+    low.emit(call, node.outputs[0])
 
 
 def _linear(low: Lowering, node: Node) -> None:

@@ -54,6 +54,9 @@ def _match_qkv(low: Lowering, index: int) -> _Qkv | None:
     rotated = tuple(n.outputs[0] for n in ropes)
     if attended.inputs[:3] != (*rotated, v):
         return None
+    weights = [low.graph.tensors[n.inputs[1]] for n in norms]
+    if any(weight.shape != (attended.attrs["head_dim"],) for weight in weights):
+        return None  # a norm of all heads together
     inner = (*split.outputs, *(n.outputs[0] for n in norms), *rotated)
     if not all(low.only_reader(name) for name in inner):
         return None

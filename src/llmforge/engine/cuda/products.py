@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from llmforge.engine.cuda.program import Matmul
-from llmforge.engine.cuda.state import MAX_SPLITS, DeferredNorm, Lowering
+from llmforge.engine.cuda.state import MAX_SPLITS, DeferredNorm, Lowering, ProductKernel
 from llmforge.kernels import attention, stream
 from llmforge.kernels import launch as kernels
 from llmforge.kernels.attention import Cache, SplitScratch
+from llmforge.kernels.gemv import gemv, gemv_plan
 from llmforge.kernels.launch import Operand
 from llmforge.model.graph import Node
 
 _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
 
 
-def streams(low: Lowering, node: Node) -> bool:
-    """Whether a linear node is one for stream_gemm.cu in this program."""
+def kernel_of(low: Lowering, node: Node) -> ProductKernel:
+    """What computes a linear node in this program."""
     weight = low.operand(node.inputs[1])
-    plan = stream.stream_plan(weight.dtype, weight.features)
-    few = low.shape.decode and low.shape.tokens <= low.stream_rows
-    if plan is None or not few or not low.shape.bulk_copies:
+    if not low.shape.decode or not low.shape.bulk_copies:
+        return "torch"
+    wanted: ProductKernel = "stream_gemm"
+    if low.shape.tokens == 1:
+        wanted = low.products.one_row
+    elif low.shape.tokens > low.stream_rows:
+        wanted = "torch"
+    if wanted == "gemv" and gemv_plan(weight.dtype, weight.features, low.products.gemv) is None:
+        wanted = "stream_gemm"
+    if wanted == "stream_gemm" and stream.stream_plan(weight.dtype, weight.features) is None:
+        wanted = "torch"
+    return wanted
+
+
+def streams(low: Lowering, node: Node) -> bool:
+    """Whether the kernel of a linear node is one of ours, which fuse what is around it."""
+    return kernel_of(low, node) != "torch"
+
+
+def _norms(low: Lowering, node: Node) -> bool:
+    """Whether the node is a product that can compute the norm of its x."""
+    if node.op != "linear":
         return False
-    return node.inputs[0] not in low.deferred or plan.split == 1
+    kernel, weight = kernel_of(low, node), low.operand(node.inputs[1])
+    if kernel == "stream_gemm":
+        plan = stream.stream_plan(weight.dtype, weight.features)
+        return plan is not None and plan.split == 1
+    return kernel == "gemv"
 
 
 def product(
@@ -36,19 +62,21 @@ def product(
     """The product of a linear node, with what is fused behind it, by the kernel that suits."""
     x_name, weight = linear.inputs[0], low.operand(linear.inputs[1])
     computed = (out.buffer.removeprefix("arena."),) if named else ()
-    if not streams(low, linear):
-        assert residual is None and activation is None, "only streamed products fuse these"
+    kernel = kernel_of(low, linear)
+    if kernel == "torch":
+        assert residual is None and activation is None, "only our own kernels fuse these"
         low.emit(Matmul(low.operand(x_name), weight, bias, out), *computed)
         return
     norm = low.deferred.get(x_name)
-    scratch = stream.StreamScratch(
-        Operand("scratch.sums", (1,), "float32", 1), Operand("scratch.arrived", (1,), "int32", 1)
-    )
-    call = stream.stream_gemm(
-        out,
-        norm.x if norm else low.operand(x_name),
-        weight,
-        scratch,
+    x = norm.x if norm else low.operand(x_name)
+    if kernel == "gemv":
+        launch = partial(gemv, out, x, weight, low.products.gemv)
+    else:
+        sums = Operand("scratch.sums", (1,), "float32", 1)
+        arrived = Operand("scratch.arrived", (1,), "int32", 1)
+        scratch = stream.StreamScratch(sums, arrived)
+        launch = partial(stream.stream_gemm, out, x, weight, scratch)
+    call = launch(
         bias=bias,
         residual=residual,
         norm_weight=norm.weight if norm else None,
@@ -63,10 +91,8 @@ def product(
 def norm(low: Lowering, name: str, x: Operand, weight: Operand, eps: float) -> None:
     """The RMSNorm `name` of x, left to its readers where all of them can compute it."""
     readers = low.readers.get(name, [])
-    plan = stream.stream_plan(x.dtype, x.features)
     whole = weight.features == x.features and x.contiguous and name not in low.graph.outputs
-    streamed = all(n.op == "linear" and streams(low, n) for n in readers)
-    if whole and streamed and plan and plan.split == 1:
+    if whole and readers and all(_norms(low, reader) for reader in readers):
         low.deferred[name] = DeferredNorm(x, weight, eps)
         return
     low.emit(kernels.rms_norm(low.new(name), x, weight, eps=eps), name)

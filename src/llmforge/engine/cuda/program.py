@@ -29,8 +29,9 @@ class Links:
 @dataclass(frozen=True)
 class StepShape:
     """What a program is for: steps of at most `tokens` and `sequences`. decode: each sequence has
-    exactly one token, and the next token of each is wanted. bulk_copies: the GPU has them
-    (compute capability 9.0 or more), so few rows may be multiplied by stream_gemm.cu."""
+    exactly one token, and the next token of each is wanted. bulk_copies: the GPU has them,
+    and shared memory for the rings of two kernels (compute capability 9 to 11), so few rows may be
+    multiplied by stream_gemm.cu and gemv.cu."""
 
     tokens: int
     sequences: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmforge.engine.cuda.program import (
     Call,
@@ -17,12 +18,28 @@ from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits
 from llmforge.kernels import stream
 from llmforge.kernels.attention import Cache
+from llmforge.kernels.gemv import DEFAULT_TUNING, GemvTuning
 from llmforge.kernels.launch import Dim, Operand
 from llmforge.model.graph import Graph, Node
 
 # Blocks a sequence's keys are divided among at most: enough to fill a large GPU from one sequence.
 MAX_SPLITS = 32
 _NARROW = 2048  # features
+
+ProductKernel = Literal["stream_gemm", "gemv", "torch"]
+
+
+@dataclass(frozen=True)
+class Products:
+    """What computes the products of a step of one token where the GPU has bulk copies. gemv.cu
+    leaves the shapes that it does not take to stream_gemm.cu, and that to torch."""
+
+    one_row: ProductKernel = "stream_gemm"
+    gemv: GemvTuning = DEFAULT_TUNING
+
+
+MEASURED = Products()
+"""Of those measured on an H200 (benchmarks/notes.md) the fastest."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +54,18 @@ class DeferredNorm:
 class Lowering:
     """The program of one graph and step shape in the making."""
 
-    def __init__(self, graph: Graph, limits: Limits, shape: StepShape) -> None:
+    def __init__(self, graph: Graph, limits: Limits, shape: StepShape, products: Products) -> None:
         self.graph = graph
         self.limits = limits
         self.shape = shape
+        self.products = products
         self.layout = StepLayout.of(shape, limits)
         self.readers = graph.consumers()
         self.parameters = {p.name for p in graph.parameters}
         self.operands: dict[str, Operand] = {}
         self.constants: dict[str, tuple[float, ...]] = {}
         self.deferred: dict[str, DeferredNorm] = {}
-        self.streamed = 0  # products by stream_gemm.cu so far
+        self.streamed = 0  # products by stream_gemm.cu and gemv.cu so far
         self.group_slot = self.mail_slot = 0  # as Program has them
         self._instructions: list[Instruction] = []
         self._buffers: dict[str, int] = {}

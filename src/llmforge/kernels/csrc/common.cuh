@@ -77,4 +77,23 @@ DEVICE u32 packed(float low, float high) {
 }
 DEVICE float low_half(u32 x) { return to_float(reinterpret_cast<Pack<2>*>(&x)->v[0]); }
 DEVICE float high_half(u32 x) { return to_float(reinterpret_cast<Pack<2>*>(&x)->v[1]); }
+
+// Of 8 neighbouring elements: the sum of their squares, and RMSNorm by a scale and weights.
+DEVICE float sum_of_squares(uint4 x) {
+    float sum = 0;
+    const u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float low = low_half(words[j]), high = high_half(words[j]);
+        sum += low * low + high * high;
+    }
+    return sum;
+}
+DEVICE uint4 normed(uint4 x, uint4 w, float scale) {
+    auto pair = [scale](u32 value, u32 weight) {
+        return packed(rounded(low_half(value) * scale) * low_half(weight),
+                      rounded(high_half(value) * scale) * high_half(weight));
+    };
+    return make_uint4(pair(x.x, w.x), pair(x.y, w.y), pair(x.z, w.z), pair(x.w, w.w));
+}
 #endif

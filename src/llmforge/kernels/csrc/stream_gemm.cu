@@ -57,24 +57,9 @@ struct Ring {
 #if NORM
 // Out of line, once: unrolled over all of x they are more code than the rest, and the first pass
 // through a kernel's code costs the more time the longer it is.
-__noinline__ __device__ float square_sum(uint4 x) {
-    float sum = 0;
-    const u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float low = low_half(words[j]), high = high_half(words[j]);
-        sum += low * low + high * high;
-    }
-    return sum;
-}
-
-__noinline__ __device__ uint4 normed(uint4 x, const T* weights, float scale) {
-    const uint4 w = *(const uint4*)weights;
-    auto pair = [scale](u32 value, u32 weight) {
-        return packed(rounded(low_half(value) * scale) * low_half(weight),
-                      rounded(high_half(value) * scale) * high_half(weight));
-    };
-    return make_uint4(pair(x.x, w.x), pair(x.y, w.y), pair(x.z, w.z), pair(x.w, w.w));
+__noinline__ __device__ float squares_of(uint4 x) { return sum_of_squares(x); }
+__noinline__ __device__ uint4 normed_by(uint4 x, const T* weights, float scale) {
+    return normed(x, *(const uint4*)weights, scale);
 }
 #endif
 
@@ -92,7 +77,7 @@ DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, 
     __shared__ float sums[WARPS][8];
     float squares = 0;
 #pragma unroll
-    for (int i = 0; i < SLICE / 32; i++) squares += square_sum(x[i]);
+    for (int i = 0; i < SLICE / 32; i++) squares += squares_of(x[i]);
     squares += __shfl_xor_sync(FULL_WARP, squares, 1);
     squares += __shfl_xor_sync(FULL_WARP, squares, 2);
     if (t == 0) sums[threadIdx.x / 32][g] = squares;
@@ -103,7 +88,7 @@ DEVICE void load_x(uint4 (&x)[SLICE / 32], const T* rows, const T* norm_weight, 
     const float scale = rsqrtf(squares / K + eps);
 #pragma unroll
     for (int i = 0; i < SLICE / 32; i++)
-        x[i] = normed(x[i], norm_weight + first + t * 16 + i / 2 * 64 + i % 2 * 8, scale);
+        x[i] = normed_by(x[i], norm_weight + first + t * 16 + i / 2 * 64 + i % 2 * 8, scale);
 #endif
 }
 

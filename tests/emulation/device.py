@@ -1,0 +1,187 @@
+"""An emulated GPU: kernels' libraries loaded, and launches on buffers in this process's memory.
+
+Stands in for `llmforge.kernels.driver`: `EmulatedModule` for its Module, `EmulatedLaunch` for its
+BoundLaunch, `EmulatedMemory` for exchange.DriverMemory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emulation.build import library
+from llmforge.kernels.compile import KernelSpec
+from llmforge.kernels.driver import Sizes
+from llmforge.kernels.launch import (
+    DTYPE_BYTES,
+    Double,
+    Extent,
+    Float,
+    Launch,
+    Operand,
+    Size,
+    TensorMap,
+)
+
+PROCESSORS = 6
+_STACKS = 1024 * (64 << 10)  # MAX_THREADS * STACK_BYTES of fibers.h
+
+
+class EmulationError(Exception):
+    """What a kernel did that a GPU would not have borne."""
+
+
+class Device:
+    """What the kernels of one rank share. Ranks are threads of this process, and a library's
+    variables are those of one GPU, so each device loads copies of its own."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._stacks = np.empty(_STACKS + 64, np.uint8)
+        self.stacks = -(-self._stacks.ctypes.data // 64) * 64
+        self._seed = seed
+        self._launches = 0
+        self._modules: dict[str, EmulatedModule] = {}
+
+    def module(self, spec: KernelSpec, arch: str = "sm_90") -> EmulatedModule:
+        if spec.key not in self._modules:
+            self._modules[spec.key] = EmulatedModule(
+                self, _copy_of(library(spec, arch)), spec.entry
+            )
+        return self._modules[spec.key]
+
+    def next_seed(self) -> int:
+        self._launches += 1
+        return (self._seed << 32) + self._launches
+
+
+def _copy_of(path: Path) -> ctypes.CDLL:
+    descriptor, name = tempfile.mkstemp(suffix=".so")
+    os.close(descriptor)
+    try:
+        shutil.copyfile(path, name)
+        return ctypes.CDLL(name)
+    finally:
+        os.unlink(name)
+
+
+class EmulatedModule:
+    """A kernel on a device."""
+
+    def __init__(self, device: Device, loaded: ctypes.CDLL, entry: str) -> None:
+        self.device, self.entry = device, entry
+        self.launch = loaded.emulated_launch
+        self.launch.restype = ctypes.c_char_p
+        self.launch.argtypes = [
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p,
+            ctypes.c_uint64,
+        ]  # fmt: skip
+
+
+class EmulatedLaunch:
+    """driver.BoundLaunch, emulated: call it, with any stream, to run the grid to its end. Raises
+    EmulationError."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        module: EmulatedModule,
+        address_of: Callable[[str], int],
+        sizes: Sizes,
+        *,
+        overlap: bool = False,
+    ) -> None:
+        self._launch, self._module, self._sizes = launch, module, sizes
+        self._keep: list[Any] = []
+        pointers = [self._pointer(a, address_of) for a in launch.arguments]
+        self._arguments = (ctypes.c_void_p * len(pointers))(*pointers)
+
+    def __call__(self, stream: int = 0) -> None:
+        grid = (ctypes.c_uint * 3)(*map(self._extent, self._launch.grid))
+        if not grid[0]:
+            return
+        device = self._module.device
+        failure = self._module.launch(
+            self._arguments, grid, self._launch.block, self._launch.shared_bytes, device.stacks,
+            device.next_seed(),
+        )  # fmt: skip
+        if failure:
+            raise EmulationError(f"{self._module.entry}: {failure.decode()}")
+
+    def _extent(self, extent: Extent) -> int:
+        if isinstance(extent, int):
+            return extent
+        return min(-(-self._sizes.get(extent.name) * extent.times // extent.per), extent.most)
+
+    def _pointer(self, argument: Any, address_of: Callable[[str], int]) -> int:
+        if isinstance(argument, Size):
+            assert argument.times == argument.per == 1, "an argument is a plain size"
+            return self._sizes.address(argument.name)
+        cell: Any
+        if argument is None:
+            cell = ctypes.c_void_p(0)
+        elif isinstance(argument, Operand):
+            offset = argument.offset * DTYPE_BYTES[argument.dtype]
+            cell = ctypes.c_void_p(address_of(argument.buffer) + offset)
+        elif isinstance(argument, TensorMap):
+            cell = _encode(argument, address_of(argument.weight.buffer))
+        elif isinstance(argument, Float):
+            cell = ctypes.c_float(argument.value)
+        elif isinstance(argument, Double):
+            cell = ctypes.c_double(argument.value)
+        else:
+            cell = ctypes.c_int32(argument)
+        self._keep.append(cell)
+        return ctypes.addressof(cell)
+
+
+def _encode(map: TensorMap, address: int) -> Any:
+    """EncodedMap of copies.h, aligned as a TensorMap is."""
+    rows, columns = map.weight.shape
+    itemsize = DTYPE_BYTES[map.weight.dtype]
+    sizes = (64, rows // map.halves, map.halves, columns // 64)
+    strides = (columns * itemsize, rows // map.halves * columns * itemsize, 64 * itemsize)
+    buffer = np.zeros(128 + 64, np.uint8)
+    encoded = (ctypes.c_char * 128).from_address(-(-buffer.ctypes.data // 64) * 64)
+    encoded.buffer = buffer  # type: ignore[attr-defined]  # keeps it alive
+    words = np.frombuffer(encoded, np.uint64)
+    words[:8] = address, *sizes, *strides
+    np.frombuffer(encoded, np.uint32)[16:21] = *reversed(map.box), itemsize
+    return encoded
+
+
+class EmulatedMemory:
+    """exchange.DeviceMemory between ranks that are threads of this process."""
+
+    def __init__(self) -> None:
+        self._allocations: dict[int, Any] = {}
+
+    def allocate(self, nbytes: int) -> int:
+        array = np.zeros(nbytes // 8 + 32, np.uint64)
+        address = -(-array.ctypes.data // 256) * 256
+        self._allocations[address] = array
+        return address
+
+    def free(self, address: int) -> None:
+        del self._allocations[address]
+
+    def upload(self, address: int, array: np.ndarray[Any, Any]) -> None:
+        ctypes.memmove(address, array.ctypes.data, array.nbytes)
+
+    def synchronize(self) -> None:
+        pass
+
+    def share(self, address: int) -> bytes:
+        return address.to_bytes(8, "little")
+
+    def open_shared(self, handle: bytes) -> int:
+        return int.from_bytes(handle, "little")
+
+    def close_shared(self, address: int) -> None:
+        pass

@@ -1,0 +1,143 @@
+"""What computes the products of a decode step, and the benchmark that is to choose it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from cuda_models import LIMITS, MODELS, REAL, of_dtype
+
+from llmforge.checkpoint.config import ModelConfig
+from llmforge.engine.cuda.program import Program
+from llmforge.engine.cuda.state import MEASURED, Products
+from llmforge.engine.cuda.target import CudaTarget, programs
+from llmforge.kernels.gemv import GemvTuning
+from llmforge.kernels.launch import Launch
+from llmforge.model.decoder import trace
+from llmforge.model.reference import LOCAL, REFERENCE
+from llmforge.parallel import Topology
+
+
+def decodes(config: ModelConfig, products: Products, arch: str = "sm_90") -> dict[int, Program]:
+    """The programs of the decode buckets, by size."""
+    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+    _, *found = programs(graph, LIMITS, arch, products=products)
+    return {program.shape.tokens: program for program in found}
+
+
+def entries(program: Program) -> Counter[str]:
+    calls = [i.call for i in program.instructions]
+    names = [c.kernel.entry if isinstance(c, Launch) else type(c).__name__ for c in calls]
+    return Counter(names)
+
+
+@pytest.mark.parametrize("config", REAL, ids=lambda c: f"hidden {c.hidden_size}")
+def test_one_row_goes_to_the_kernel_that_is_asked_for(config: ModelConfig) -> None:
+    streamed = entries(decodes(config, MEASURED)[1])
+    library = 1 if config.intermediate_size == 18944 else 0  # that stream_gemm.cu does not divide
+    assert (streamed["stream_gemm"], streamed["Matmul"]) == (5 - library, library)
+    assert streamed["gemv"] == 0
+    ours = entries(decodes(config, Products("gemv"))[1])
+    assert ours["gemv"] == 5 and ours["stream_gemm"] == ours["Matmul"] == ours["rms_norm"] == 0
+    torchs = entries(decodes(config, Products("torch"))[1])
+    assert torchs["Matmul"] == 5 and torchs["gemv"] == torchs["stream_gemm"] == 0
+
+
+def test_more_rows_are_as_before() -> None:
+    for size in (2, 4):
+        chosen = [decodes(REAL[1], each)[size] for each in (MEASURED, Products("gemv"))]
+        assert chosen[0] == chosen[1] and entries(chosen[0])["stream_gemm"] == 5
+
+
+@pytest.mark.parametrize("products", [MEASURED, Products("gemv")], ids=["measured", "gemv"])
+def test_gpus_without_bulk_copies_or_room_for_two_rings_multiply_by_torch(
+    products: Products,
+) -> None:
+    for arch in ("sm_80", "sm_120"):
+        program = decodes(REAL[1], products, arch)[1]
+        assert entries(program)["Matmul"] == 5
+        calls = [i.call for i in program.instructions if isinstance(i.call, Launch)]
+        assert max(call.shared_bytes for call in calls) < 99 << 10
+    assert entries(decodes(REAL[1], products, "sm_100")[1])["Matmul"] == 0
+
+
+def test_what_gemv_does_not_take_goes_on() -> None:
+    odd = of_dtype(MODELS["odd-sizes"], "bfloat16")
+    assert entries(decodes(odd, Products("gemv"))[1])["gemv"] == 0
+    whole = of_dtype(MODELS["wide"], "float32")
+    assert set(entries(decodes(whole, Products("gemv"))[1])).isdisjoint({"gemv", "stream_gemm"})
+    huge = Products("gemv", GemvTuning(warps=16, stages=8, blocks=2))
+    assert entries(decodes(REAL[0], huge)[1]) == entries(decodes(REAL[0], MEASURED)[1])
+
+
+def test_every_second_product_is_alone() -> None:
+    program = decodes(REAL[0], Products("gemv"))[1]
+    sizes = [
+        call.shared_bytes
+        for call in (i.call for i in program.instructions)
+        if isinstance(call, Launch) and call.kernel.entry == "gemv"
+    ]
+    assert [2 * size > 226 << 10 for size in sizes] == [False, True, False, True, False]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(Path("benchmarks").absolute()), *sys.path])
+    import cuda_products
+
+    return cuda_products
+
+
+def test_the_benchmark_has_every_product_by_the_kernel_that_it_names(
+    benchmark: ModuleType,
+) -> None:
+    for name, config in benchmark.MODELS.items():
+        for checked in benchmark.checked_configs(config):
+            for variant, products in benchmark.VARIANTS.items():
+                found = entries(
+                    programs(
+                        benchmark.prepared(checked), benchmark.LIMITS, "sm_90", products=products
+                    )[1]
+                )
+                entry = "Matmul" if variant == "torch" else products.one_row
+                assert found[entry] == 5, (name, variant, found)
+                if entry == "gemv":
+                    launches = benchmark.products_of(checked, products, "sm_90")
+                    assert len(list(launches)) == 5
+
+
+def test_the_benchmark_expects_what_the_ops_mean(benchmark: ModuleType) -> None:
+    config = dataclasses.replace(MODELS["wide-biases"], num_layers=1, sliding_window=(None,))
+    torch.manual_seed(1)
+    seen = set()
+    for launch in benchmark.products_of(of_dtype(config, "bfloat16"), Products("gemv"), "sm_90"):
+        tensors = benchmark.random_operands(launch, "cpu")
+        out, x, weight, bias, residual, norm = (
+            tensors[o.buffer] if o else None for o in launch.arguments[:6]
+        )
+        if norm is not None:
+            (x,) = REFERENCE["rms_norm"]([x, norm], {"eps": config.norm_eps}, LOCAL)
+        (want,) = REFERENCE["linear"]([x, weight, bias], {}, LOCAL)
+        gated = dict(launch.kernel.defines)["GATED"]
+        if gated:
+            activation = {"activation": config.activation}
+            (want,) = REFERENCE["gated_activation"](want.chunk(2, -1), activation, LOCAL)
+        if residual is not None:
+            want = want + residual
+        got = benchmark.expected(launch, tensors)
+        assert got.shape == out.shape and got.dtype == out.dtype
+        torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+        seen.add((norm is not None, bias is not None, residual is not None, bool(gated)))
+    assert {(True, True, False, True), (False, True, True, False)} <= seen
+
+
+def test_the_benchmark_says_that_it_needs_a_gpu(benchmark: ModuleType) -> None:
+    from click.testing import CliRunner
+
+    result = CliRunner().invoke(benchmark.main)
+    assert result.exit_code == 1 and "needs an NVIDIA GPU" in result.output

@@ -1,0 +1,139 @@
+"""gemv.cu on an emulated GPU beside the ops' plain-torch meaning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulation.bench import Bench
+from emulation.build import unavailable
+from emulation.device import PROCESSORS
+
+from llmforge.kernels.gemv import GemvTuning, gemv
+from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+EPS = 1e-5
+GUARD = 8  # elements behind the output, which must stay as they are
+TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}  # relative to a row's norm
+SMALL = GemvTuning(warps=2, piece=512, stages=2)
+
+
+def check(
+    features: int,
+    k: int,
+    dtype: str = "bfloat16",
+    tuning: GemvTuning = SMALL,
+    *,
+    norm: bool = False,
+    bias: bool = False,
+    residual: bool = False,
+    activation: str | None = None,
+    alone: bool = False,
+    seed: int = 0,
+) -> None:
+    """Compare a product that gives `features` features of k elements."""
+    torch.manual_seed(features + k + seed)
+    rows = features * (2 if activation else 1)
+    bench = Bench(seed)
+    shapes = {"x": (1, k), "weight": (rows, k), "norm": (k,), "bias": (rows,)}
+    for name, shape in (shapes | {"residual": (1, features)}).items():
+        scale = k**-0.5 if name == "weight" else 1.0
+        bench.tensors[name] = (torch.randn(shape) * scale).to(DTYPES[dtype])
+    memory = torch.full((features + GUARD,), float("nan"), dtype=DTYPES[dtype])
+    bench.tensors["out"] = memory[:features].view(1, features)
+    launch = gemv(
+        bench.operand("out", "tokens"),
+        bench.operand("x", "tokens"),
+        bench.operand("weight"),
+        tuning,
+        bias=bench.operand("bias") if bias else None,
+        residual=bench.operand("residual", "tokens") if residual else None,
+        norm_weight=bench.operand("norm") if norm else None,
+        eps=EPS,
+        activation=activation,
+        alone=alone,
+    )
+    bench.run(launch, tokens=1)
+    got = bench.tensors["out"].float()
+    want = meaning(bench.tensors, norm, bias, residual, activation).float()
+    error = float((got - want).norm() / want.norm())
+    assert error <= TOLERANCE[dtype], error
+    assert memory[features:].isnan().all(), "wrote behind its output"
+
+
+def meaning(
+    tensors: dict[str, torch.Tensor], norm: bool, bias: bool, residual: bool, activation: str | None
+) -> torch.Tensor:
+    """What is meant, the sums in float32."""
+    x, dtype = tensors["x"], tensors["x"].dtype
+    if norm:
+        (x,) = REFERENCE["rms_norm"]([x, tensors["norm"]], {"eps": EPS}, LOCAL)
+    sums = x.float() @ tensors["weight"].float().T
+    product = (sums + tensors["bias"].float() if bias else sums).to(dtype)
+    if activation:
+        attrs = {"activation": activation}
+        (product,) = REFERENCE["gated_activation"](list(product.chunk(2, -1)), attrs, LOCAL)
+    return product + tensors["residual"] if residual else product
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "fused",
+    [
+        {},
+        {"norm": True},
+        {"bias": True},
+        {"residual": True},
+        {"bias": True, "residual": True, "norm": True},
+        {"activation": "silu", "norm": True},
+        {"activation": "gelu_tanh", "bias": True},
+    ],
+    ids=str,
+)
+def test_what_is_fused(fused: dict[str, bool], dtype: str) -> None:
+    check(37, 640, dtype, **fused)
+
+
+@pytest.mark.parametrize(
+    ("features", "k"),
+    [
+        (1, 256),  # fewer rows than warps
+        (PROCESSORS * 2, 256),  # one row a warp
+        (PROCESSORS * 2 + 1, 256),
+        (50, 8),  # less than one load of a warp
+        (50, 264),  # a last piece of 16 bytes
+        (29, 1000),  # a last piece that some lanes have no part of
+        (13, 2048),
+        (PROCESSORS * 2 * 33 + 5, 64),  # more than 32 rows a warp
+    ],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_shapes(features: int, k: int, gated: bool) -> None:
+    for seed in range(2):
+        check(features, k, norm=True, activation="silu" if gated else None, seed=seed)
+        check(features, k, residual=not gated, activation="silu" if gated else None, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        GemvTuning(warps=1, piece=512, stages=1),
+        GemvTuning(warps=3, piece=512, stages=5),
+        GemvTuning(warps=2, piece=1024, stages=3, blocks=2),
+        GemvTuning(warps=2, piece=512, stages=2, early=False),
+        GemvTuning(warps=2, piece=512, stages=2, release="with x"),
+        GemvTuning(warps=2, piece=512, stages=2, release="with copies", evict_first=False),
+        GemvTuning(),
+        GemvTuning(warps=4, piece=8192),
+    ],
+    ids=str,
+)
+def test_tunings(tuning: GemvTuning) -> None:
+    check(45, 1280, tuning=tuning, norm=True, activation="silu")
+    check(45, 1280, tuning=tuning, bias=True, residual=True, alone=True)
+
+
+def test_rows_of_real_models() -> None:
+    check(20, 14336, tuning=GemvTuning(), residual=True, alone=True)
+    check(20, 4096, tuning=GemvTuning(), norm=True, activation="silu")
