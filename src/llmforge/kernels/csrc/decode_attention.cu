@@ -185,8 +185,8 @@ decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, c
             load_head(staged[warp], lane, source, bias, head * HEAD_DIM, !is_v,
                       is_q ? q_weight : k_weight, eps);
             store_head(rows[row], staged[warp], lane, table, sequence, is_v ? 0 : ROPE_DIM);
+            __syncwarp();  // the row is complete, and the next may be staged
             if (is_q) continue;
-            __syncwarp();
             const int key = kv_len - 1, block = block_table[sequence * TABLE_STRIDE + key / BLOCK_SIZE];
             const size_t slot = (size_t)block * BLOCK_SIZE + key % BLOCK_SIZE;
             T* target = (is_v ? value_cache : key_cache) + (slot * KV_HEADS + run.head) * HEAD_DIM;
