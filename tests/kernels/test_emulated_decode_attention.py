@@ -1,5 +1,5 @@
-"""decode_attention.cu on an emulated GPU beside its plain-torch meaning, for lengths and shapes that
-reach every way of dividing the keys."""
+"""decode_attention.cu on an emulated GPU beside its plain-torch meaning, for lengths and shapes
+that reach every way of dividing the keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from emulation.bench import Bench
 from emulation.build import unavailable
 
-from llmforge.kernels.attention import Cache
+from llmforge.kernels.attention import Cache, QkvSteps
 from llmforge.kernels.decode_attention import (
     MAX_BLOCKS,
     PartScratch,
@@ -101,16 +101,19 @@ def launched(case: Case, bench: Bench) -> None:
     )  # fmt: skip
     plan = decode_plan(case.dtype, case.heads, case.kv_heads, case.head_dim, len(case.lens))
     assert plan is not None
+    steps = QkvSteps(
+        bench.operand("angles", "sequences") if case.rope_dim != 0 else None,
+        bench.operand("bias") if case.bias else None,
+        bench.operand("q_norm") if case.norm else None,
+        bench.operand("k_norm") if case.norm else None,
+        1e-5,
+    )
     call = decode_attention(
         bench.operand("out", "sequences"),
         matrix.columns(0, q), matrix.columns(q, q + k), matrix.columns(q + k, q + 2 * k), cache,
-        PartScratch(bench.operand("partial"), bench.operand("counters")), plan,
-        scale=case.head_dim**-0.5, window=case.window,
-        table=bench.operand("angles", "sequences") if case.rope_dim != 0 else None,
-        bias=bench.operand("bias") if case.bias else None,
-        q_norm=bench.operand("q_norm") if case.norm else None,
-        k_norm=bench.operand("k_norm") if case.norm else None,
-        eps=1e-5, soft_cap=case.soft_cap, sinks=bench.operand("sinks") if case.sinks else None,
+        PartScratch(bench.operand("partial"), bench.operand("counters")), plan, steps,
+        scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap,
+        sinks=bench.operand("sinks") if case.sinks else None,
     )  # fmt: skip
     bench.run(call, sequences=len(case.lens), processors=case.processors)
 
@@ -148,7 +151,9 @@ def check(case: Case, seed: int = 0) -> None:
     errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
     assert float(errors.nan_to_num(9).max()) <= TOLERANCE[case.dtype], errors
     for name, wanted in (("keys", keys), ("values", values)):
-        torch.testing.assert_close(bench.tensors[name], wanted, rtol=1e-2, atol=2e-2, equal_nan=True)
+        torch.testing.assert_close(
+            bench.tensors[name], wanted, rtol=1e-2, atol=2e-2, equal_nan=True
+        )
     assert not bench.tensors["counters"].any(), "counters are zero again"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmforge.kernels.attention import Cache
+from llmforge.kernels.attention import Cache, QkvSteps
 from llmforge.kernels.launch import (
     DTYPE_BYTES,
     Argument,
@@ -76,38 +76,33 @@ def decode_attention(
     cache: Cache,
     scratch: PartScratch,
     plan: DecodePlan,
+    steps: QkvSteps,
     *,
     scale: float,
     window: int | None,
-    table: Operand | None = None,
-    bias: Operand | None = None,
-    q_norm: Operand | None = None,
-    k_norm: Operand | None = None,
-    eps: float = 0.0,
     soft_cap: float | None = None,
     sinks: Operand | None = None,
 ) -> Launch:
     """Attention of one new token a sequence, from the rows of q | k | v as attention.qkv takes
     them; k and v go into the cache. `soft_cap` and `sinks` (one a head) change the scores as
     scored_attention does."""
-    dtype = same_dtype(out, q, k, v, cache.keys, cache.values, bias, q_norm, k_norm, sinks)
+    dtype = same_dtype(out, q, k, v, cache.keys, cache.values, *steps.operands[:3], sinks)
     heads, kv_heads = q.features // cache.head_dim, cache.kv_heads
     require(k.features == v.features == kv_heads * cache.head_dim, "decode_attention: k, v, cache")
     require(out.contiguous and out.features == q.features, "decode_attention: out is as q")
-    require((q_norm is None) == (k_norm is None), "decode_attention: q and k are normed, or neither")
     floats = part_size(heads, kv_heads, cache.head_dim)
     require(scratch.partial.features == floats, "decode_attention: parts of another size")
     spec = specialised(
         "decode_attention.cu", "decode_attention", dtype,
         HEADS=heads, GROUP=heads // kv_heads, WINDOW=window or 0, WARPS=plan.warps,
-        STAGES=plan.stages, BIAS=int(bias is not None), NORM=int(q_norm is not None),
-        ROPE_DIM=table.features if table else 0, CAP=int(soft_cap is not None),
-        SINKS=int(sinks is not None), **cache.defines,
+        STAGES=plan.stages, CAP=int(soft_cap is not None), SINKS=int(sinks is not None),
+        **steps.defines, **cache.defines,
     )  # fmt: skip
     arguments: tuple[Argument, ...] = (
-        out, cache.keys, cache.values, q, k, v, bias, q_norm, k_norm, table, sinks,
+        out, cache.keys, cache.values, q, k, v, *steps.operands, sinks,
         cache.kv_lens, cache.block_table, scratch.partial, scratch.counters, Size("sequences"),
-        q.row_stride, k.row_stride, v.row_stride, Float(eps), Float(scale), Float(soft_cap or 0.0),
+        q.row_stride, k.row_stride, v.row_stride, Float(steps.eps), Float(scale),
+        Float(soft_cap or 0.0),
     )  # fmt: skip
     grid = (Size("processors", 2, most=MAX_BLOCKS), 1, 1)
     return Launch(spec, arguments, grid, plan.warps * 32, plan.shared_bytes)
