@@ -15,6 +15,7 @@ from emulation.build import libraries
 from emulation.device import PROCESSORS, Device, EmulatedLaunch, EmulatedMemory, EmulatedModule
 from llmforge.comm import Comm, LocalComm
 from llmforge.engine.cuda import buffers, executable, ranks
+from llmforge.engine.cuda.state import MEASURED, Products
 from llmforge.engine.cuda.target import engine_kernels
 from llmforge.engine.step import Limits
 from llmforge.kernels.compile import KernelSpec
@@ -101,14 +102,15 @@ def emulated(
     comm: Comm | None = None,
     topology: Topology | None = None,
     seed: int = 0,
+    products: Products = MEASURED,
 ) -> executable.CudaExecutable:
     """The executable of a prepared graph. Wants `emulated_gpu(arch)` around it and its steps."""
     tensors = {p.name: _tensor(weights.read(p), p.dtype) for p in graph.parameters}
-    specs = engine_kernels(graph, limits, arch)
+    specs = engine_kernels(graph, limits, arch, products)
     libraries(list(specs.values()), arch)
     joined = ranks.Ranks(comm or LocalComm(), topology or Topology(), torch.device("cpu"))
     modules: Any = _Modules(specs, arch, seed)
-    return executable.CudaExecutable(graph, tensors, modules, arch, limits, joined)
+    return executable.CudaExecutable(graph, tensors, modules, arch, limits, joined, products)
 
 
 def _tensor(array: Any, dtype: str) -> torch.Tensor:

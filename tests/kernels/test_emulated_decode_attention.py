@@ -7,9 +7,13 @@ import dataclasses
 
 import pytest
 import torch
+from cuda_models import LIMITS, MODELS, Driver, RandomWeights, of_dtype, steps, tolerance
 from emulation.bench import Bench
 from emulation.build import unavailable
+from emulation.executable import emulated, emulated_gpu
 
+from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.target import CudaTarget
 from llmforge.kernels.attention import Cache, QkvSteps
 from llmforge.kernels.decode_attention import (
     MAX_BLOCKS,
@@ -18,7 +22,10 @@ from llmforge.kernels.decode_attention import (
     decode_plan,
     part_size,
 )
+from llmforge.kernels.launch import Launch
+from llmforge.model.decoder import trace
 from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
+from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -229,3 +236,32 @@ def test_which_shapes_are_taken() -> None:
     assert decode_plan("bfloat16", 32, 8, 132, 1) is None
     assert decode_plan("bfloat16", 34, 2, 64, 1) is None
     assert decode_plan("bfloat16", 32, 2, 256, 1) is None, "joining 16 rows of 256 takes too much"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "all-biases",
+        pytest.param("scaled-and-capped", marks=pytest.mark.slow),
+        pytest.param("head-dim-256", marks=pytest.mark.slow),
+        pytest.param("wide", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_of_a_model(name: str) -> None:
+    config = of_dtype(MODELS[name], "bfloat16")
+    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+    with emulated_gpu():
+        weights = RandomWeights(config, seed=7)
+        today, fused = (
+            emulated(graph, weights, LIMITS, products=Products(attention=kernel))
+            for kernel in ("separate", "fused")
+        )
+        seen = set()
+        for batch in steps(Driver(LIMITS, config.vocab_size, 3, (19, 24, 40)), 3):
+            want, got = today.step(batch).logits, fused.step(batch).logits
+            assert want is not None and got is not None
+            assert float(abs(got - want).max()) <= tolerance(config, want)
+            calls = [i.call for i in fused.instructions(batch)]
+            names = {call.kernel.entry for call in calls if isinstance(call, Launch)}
+            seen.add(frozenset(names & {"qkv", "attention", "decode_attention"}))
+        assert frozenset({"decode_attention"}) in seen and len(seen) == 2

@@ -40,9 +40,18 @@ DEVICE void attend(State& state, const Rows (&query)[STEPS], const T* key_cache,
         for (int h = 0; h < HALVES; h++) values[j][h] = load_chunk(row, h * 8 + g);
     }
     attend(
-        state, query, [&](int j, int s) { return keys[j][s]; },
+        state, [&](int s) { return query[s]; }, [&](int j, int s) { return keys[j][s]; },
         [&](int j, int h) { return values[j][h]; }, base, first, stop, last,
         [&](float x) { return x * scale_log2; });
+}
+
+DEVICE void begin(State& state, Rows (&query)[STEPS], const T* q, const int (&token)[2],
+                  const int (&head)[2]) {
+#pragma unroll
+    for (int s = 0; s < STEPS; s++)
+        query[s] = chunk_of(q + ((size_t)token[0] * HEADS + head[0]) * HEAD_DIM,
+                            q + ((size_t)token[1] * HEADS + head[1]) * HEAD_DIM, s);
+    begin(state);
 }
 
 #if OVER_KEYS
@@ -87,8 +96,7 @@ attention(T* out, const T* q, const T* key_cache, const T* value_cache, const in
     const int* blocks = block_table + (size_t)sequence * TABLE_STRIDE;
     State state;
     Rows query[STEPS];
-    begin(state, query, q + ((size_t)token[0] * HEADS + head[0]) * HEAD_DIM,
-          q + ((size_t)token[1] * HEADS + head[1]) * HEAD_DIM);
+    begin(state, query, q, token, head);
     const int end = min(kv_len, start + (split + 1) * each);
     for (int base = start + split * each + warp * 16; base < end; base += round)
         attend(state, query, key_cache, value_cache, blocks, kv_head, base, first, kv_len, last,
@@ -184,8 +192,7 @@ attention(T* out, const T* q, const T* key_cache, const T* value_cache, const in
     const int* blocks = block_table + (size_t)sequence * TABLE_STRIDE;
     State state;
     Rows query[STEPS];
-    begin(state, query, q + ((size_t)token[0] * HEADS + head[0]) * HEAD_DIM,
-          q + ((size_t)token[1] * HEADS + head[1]) * HEAD_DIM);
+    begin(state, query, q, token, head);
     const int first_last = kv_len - count + offset;  // the position of the tile's first token
     const int first = WINDOW > 0 ? max(0, first_last - WINDOW + 1) : 0;
     const int stop = min(kv_len, first_last + TOKENS);

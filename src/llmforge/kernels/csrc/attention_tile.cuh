@@ -29,18 +29,25 @@ struct State {
     float largest[2], total[2];
 };
 
-// One tile of 16 keys from `base` on. `keys(j, s)`: chunk 4s + t of key 8j + g; `values(j, h)`:
+// Chunk 4s + t of this lane's rows `low` (g) and `high` (g + 8).
+DEVICE Rows chunk_of(const T* low, const T* high, int s) {
+    const int chunk = s * 4 + threadIdx.x % 4;
+    return {load_chunk(low, chunk), USED > 1 ? load_chunk(high, chunk) : make_uint4(0, 0, 0, 0)};
+}
+
+// One tile of 16 keys from `base` on. `query(s)`: chunk 4s + t of a lane's rows; `keys(j, s)`: chunk 4s + t of key 8j + g; `values(j, h)`:
 // chunk 8h + g of value 2t + j % 2 + j / 2 * 8. `last[i]`: the position of row g (0) and g + 8 (1);
 // keys outside [first, stop) or outside a row's reach count as minus infinity. `scaled(x)`: the
 // exponent of 2 that a product counts with.
-template <class Keys, class Values, class Scaled>
-DEVICE void attend(State& state, const Rows (&query)[STEPS], Keys keys, Values values, int base,
-                   int first, int stop, const int (&last)[2], Scaled scaled) {
+template <class Query, class Keys, class Values, class Scaled>
+DEVICE void attend(State& state, Query query, Keys keys, Values values, int base, int first,
+                   int stop, const int (&last)[2], Scaled scaled) {
     const int t = threadIdx.x % 4;
     float score[2][4] = {};
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
-        const uint4 a = query[s].low, b = query[s].high;
+        const Rows rows = query(s);
+        const uint4 a = rows.low, b = rows.high;
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const uint4 key = keys(j, s);
@@ -96,14 +103,7 @@ DEVICE void attend(State& state, const Rows (&query)[STEPS], Keys keys, Values v
     }
 }
 
-// An empty state, and the rows `low` (g) and `high` (g + 8) of q.
-DEVICE void begin(State& state, Rows (&query)[STEPS], const T* low, const T* high) {
-    const int t = threadIdx.x % 4;
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        query[s].low = load_chunk(low, s * 4 + t);
-        query[s].high = USED > 1 ? load_chunk(high, s * 4 + t) : make_uint4(0, 0, 0, 0);
-    }
+DEVICE void begin(State& state) {
 #pragma unroll
     for (int i = 0; i < HALVES * 8; i++) {
 #pragma unroll

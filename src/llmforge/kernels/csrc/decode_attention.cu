@@ -58,21 +58,32 @@ struct Ring {
     DEVICE int block_of(int key) const {
         return __ldcg(block_table + (size_t)run.sequence * TABLE_STRIDE + key / BLOCK_SIZE);
     }
+    DEVICE const T* row_at(const T* cache, int block, int key) const {
+        const size_t row = (size_t)block * BLOCK_SIZE + key % BLOCK_SIZE;
+        return cache + (row * KV_HEADS + run.head) * HEAD_DIM;
+    }
     // Copies the next unit but for the new token and what would come behind it.
     DEVICE void fill() {
         if (unit < run.end) {
+            const int lane = threadIdx.x % 32, first = first_key();
+            const int count = plan.lens[run.sequence] - 1 - first;
             char* target = slots + slot * SLOT_BYTES;
-            const int first = first_key(), cached = plan.lens[run.sequence] - 1;
+            const T* keys = row_at(key_cache, block, first);
+            const T* values = row_at(value_cache, block, first);
 #pragma unroll
-            for (int i = threadIdx.x % 32; i < UNIT * CHUNKS; i += 32) {
-                const int row = i / CHUNKS, chunk = i % CHUNKS, key = first + row;
-                if (key >= cached) continue;
-                const size_t at = BLOCK_SIZE % UNIT == 0 ? block : block_of(key);
-                const size_t offset =
-                    ((at * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + run.head) * HEAD_DIM +
-                    chunk * 8;
-                copy_async(target + place_of(row, chunk), key_cache + offset);
-                copy_async(target + UNIT * ROW_BYTES + place_of(row, chunk), value_cache + offset);
+            for (int i = 0; i < UNIT * CHUNKS; i += 32) {
+                const bool even = 32 % CHUNKS == 0;  // each lane has one chunk, of several rows
+                const int row = even ? lane / CHUNKS + i / CHUNKS : (lane + i) / CHUNKS;
+                const int chunk = even ? lane % CHUNKS : (lane + i) % CHUNKS;
+                if (row >= min(count, UNIT)) continue;
+                if (BLOCK_SIZE % UNIT) {
+                    const int at = block_of(first + row);
+                    keys = row_at(key_cache, at, first + row) - row * KV_HEADS * HEAD_DIM;
+                    values = row_at(value_cache, at, first + row) - row * KV_HEADS * HEAD_DIM;
+                }
+                const int offset = row * KV_HEADS * HEAD_DIM + chunk * 8;
+                copy_async(target + place_of(row, chunk), keys + offset);
+                copy_async(target + UNIT * ROW_BYTES + place_of(row, chunk), values + offset);
             }
             unit += WARPS;
             settle();
@@ -187,15 +198,21 @@ decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, c
             store_head(rows[row], staged[warp], lane, table, sequence, is_v ? 0 : ROPE_DIM);
             __syncwarp();  // the row is complete, and the next may be staged
             if (is_q) continue;
-            const int key = kv_len - 1, block = block_table[sequence * TABLE_STRIDE + key / BLOCK_SIZE];
+            const int key = kv_len - 1;
+            const int block = block_table[sequence * TABLE_STRIDE + key / BLOCK_SIZE];
             const size_t slot = (size_t)block * BLOCK_SIZE + key % BLOCK_SIZE;
             T* target = (is_v ? value_cache : key_cache) + (slot * KV_HEADS + run.head) * HEAD_DIM;
             for (int i = lane; i < CHUNKS; i += 32) ((uint4*)target)[i] = load_chunk(rows[row], i);
         }
         __syncthreads();
         State state;
-        Rows query[STEPS];
-        begin(state, query, rows[min(g, GROUP - 1)], rows[min(g + 8, GROUP - 1)]);
+        begin(state);
+        const T *low = rows[min(g, GROUP - 1)], *high = rows[min(g + 8, GROUP - 1)];
+        Rows kept[STEPS];
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) kept[s] = chunk_of(low, high, s);
+        // Beside the sums of long rows there are no registers left for the queries.
+        auto query = [&](int s) { return HEAD_DIM > 128 ? chunk_of(low, high, s) : kept[s]; };
         const int last[2] = {kv_len - 1, kv_len - 1};
         for (int unit = run.begin + warp; unit < run.end; unit += WARPS) {
             copy_async_wait<STAGES - 1>();
@@ -228,7 +245,7 @@ decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, c
         // Blocks that have a part of the pair.
         const int place = run.place(plan);
         const int from = place / plan.share, count = (place + units - 1) / plan.share - from + 1;
-        float* mine = partial + ((size_t)blockIdx.x * 2 + (run.begin == 0)) * PART;
+        float* mine = partial + (blockIdx.x * 2 + (run.begin == 0)) * PART;
         T* out_rows = out + (sequence * HEADS + run.head * GROUP) * HEAD_DIM;
 #pragma unroll 1
         for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
@@ -254,9 +271,9 @@ decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, c
         __threadfence();
 #pragma unroll 1
         for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-            const float* rows_of = partial + i / HEAD_DIM * (HEAD_DIM + 2);
+            const float* first_of = partial + from * 2 * PART + i / HEAD_DIM * (HEAD_DIM + 2);
             auto part = [&](int p, int e) {
-                return __ldcg(rows_of + ((size_t)(from + p) * 2 + (p == 0)) * PART + e);
+                return __ldcg(first_of + (p * 2 + (p == 0)) * PART + e);
             };
             const Joined joined = join(part, count, i % HEAD_DIM);
             out_rows[i] = joined.value(sinks, run.head * GROUP + i / HEAD_DIM);
