@@ -60,6 +60,7 @@ test-gpu:
 
 bench-gpu:
 	python3 benchmarks/cuda_speed.py --json benchmarks/results/cuda.json
+	python3 benchmarks/cuda_serving.py --json benchmarks/results/cuda_serving.json
 
 clean:
 	rm -rf $(VENV) workdir .mypy_cache .ruff_cache .pytest_cache .hypothesis

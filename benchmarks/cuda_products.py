@@ -143,26 +143,28 @@ def check_products(config: ModelConfig, arch: str) -> list[dict[str, Any]]:
     sizes.set("processors", torch.cuda.get_device_properties(0).multi_processor_count)
     errors = []
     for variant in checked_configs(config):
+        launches = [
+            (tuning, launch)
+            for tuning, products in VARIANTS.items()
+            if products.one_row == "gemv"
+            for launch in products_of(variant, products, arch)
+        ]
+        modules = compiled([launch for _, launch in launches], arch)
         values: dict[tuple[Any, ...], tuple[dict[str, Tensor], Tensor]] = {}
-        for tuning, products in VARIANTS.items():
-            if products.one_row != "gemv":
-                continue
-            launches = list(products_of(variant, products, arch))
-            for launch, module in zip(launches, compiled(launches, arch), strict=True):
-                # The same values for all tunings: only the first has them multiplied by torch.
-                key = launch.arguments[:7]
-                if key not in values:
-                    tensors = random_operands(launch, "cuda")
-                    values[key] = tensors, expected(launch, tensors)
-                tensors, want = values[key]
-                error = relative_error(launch, module, tensors, want, sizes)
-                shape = launch.arguments[2].shape  # type: ignore[union-attr]
-                if not error <= TOLERANCE[variant.dtype]:
-                    raise click.ClickException(
-                        f"{tuning}, weights {shape}, {variant.dtype}: {error:.2e} off; "
-                        f"compiled as {dict(launch.kernel.defines)}"
-                    )
-                errors.append({"tuning": tuning, "weights": shape, "error": error})
+        for (tuning, launch), module in zip(launches, modules, strict=True):
+            # The same values for all tunings: only the first has them multiplied by torch.
+            key = launch.arguments[:7]
+            if key not in values:
+                tensors = random_operands(launch, "cuda")
+                values[key] = tensors, expected(launch, tensors)
+            error = relative_error(launch, module, *values[key], sizes)
+            shape = launch.arguments[2].shape  # type: ignore[union-attr]
+            if not error <= TOLERANCE[variant.dtype]:
+                raise click.ClickException(
+                    f"{tuning}, weights {shape}, {variant.dtype}: {error:.2e} off; "
+                    f"compiled as {dict(launch.kernel.defines)}"
+                )
+            errors.append({"tuning": tuning, "weights": shape, "error": error})
     return errors
 
 

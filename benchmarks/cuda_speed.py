@@ -3,10 +3,14 @@
     python benchmarks/cuda_speed.py [--model llama-3.1-8b] [--batch-size 1] [--json FILE]
 
 Weights are drawn on the GPU, so no checkpoint of that size is written. Requests go through the same
-`Session` that `llmforge run` and `bench` use. Reported for each batch size: TTFT (the mean over the
-batch), TPOT (wall time of a decode step), the device time of one decode step at the middle of the
-generation, and the floor: the bytes that a step must read (weights, and the keys and values of that
-step) over the bandwidth that a read of a large buffer reaches in the same run.
+`Session` that `llmforge run` and `bench` use. Reported for each batch size, medians of three: the
+time to the first token of all sequences; TPOT, what each further token of all sequences adds: the
+time of a whole generation less that of one token, by the number of tokens between; the device time
+of one decode step at the middle of the generation; and the floor: the bytes that a step must read
+(weights, and the keys and values of that step) over the bandwidth that a read of a large buffer
+reaches in the same run. --peer FILE: what another program gave for the same cases in the same
+minutes, as JSON lines with "model", "batch", "in", "out", "ms_per_step" and "first_token_ms";
+"peer" and "version" say whose.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,8 @@ from llmforge.model.reference import DTYPES  # noqa: E402
 from llmforge.parallel import Topology  # noqa: E402
 from llmforge.runtime.requests import Request  # noqa: E402
 from llmforge.runtime.session import Session  # noqa: E402
+
+REPEAT = 3
 
 
 def _llama(
@@ -130,22 +136,17 @@ def bytes_read(graph: Graph, config: ModelConfig, kv_len: int, batch: int = 1) -
 
 def serve(
     executable: CudaExecutable, vocab: int, batch: int, input_len: int, output_len: int
-) -> tuple[float, float]:
-    """(TTFT, TPOT) in seconds of one static batch."""
+) -> float:
+    """Seconds to serve one static batch."""
     rng = np.random.default_rng(batch)
-    firsts: list[float] = []
+    prompts = rng.integers(vocab, size=(batch, input_len)).tolist()
     with Session(executable, LocalComm(), vocab_size=vocab) as session:
-        for index in range(batch):
-            prompt = tuple(rng.integers(vocab, size=input_len).tolist())
-            session.add(Request(index, prompt, output_len, ignore_eos=True))
-        done = []
+        began = time.perf_counter()
+        for index, prompt in enumerate(prompts):
+            session.add(Request(index, tuple(prompt), output_len, ignore_eos=True))
         while session.has_work:
-            done += session.step()
-            if not firsts and session.last_step and not session.scheduler.waiting:
-                firsts.append(time.perf_counter())
-        end = time.perf_counter()
-    ttft = statistics.mean(completion.ttft for completion in done)
-    return ttft, (end - firsts[0]) / (output_len - 1)
+            session.step()
+        return time.perf_counter() - began
 
 
 def decode_step(batch: int, kv_len: int, block_size: int) -> StepBatch:
@@ -168,8 +169,44 @@ def device_step(executable: CudaExecutable, batch: int, kv_len: int) -> float:
     return executable.time_decode(step, repeat=30)
 
 
+def peer_of(
+    peers: Sequence[Mapping[str, Any]], figure: str, case: tuple[str, int, int, int]
+) -> Mapping[str, Any] | None:
+    """A peer's line that has this figure of the same case: model, requests, tokens in and out."""
+    keys = ("model", "batch", "in", "out")
+    same = (line for line in peers if figure in line and case == tuple(line[k] for k in keys))
+    return next(same, None)
+
+
+def beside(row: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a peer gave for the same case, and ours over it."""
+    line = peer_of(peers, "ms_per_step", (row["model"], row["batch"], row["in"], row["out"]))
+    if line is None:
+        return {}
+    return {
+        "peer": f"{line['peer']} {line['version']}",
+        "peer_tpot_ms": line["ms_per_step"],
+        "peer_first_token_ms": line["first_token_ms"],
+        "tpot_over_peer": row["tpot_ms"] / line["ms_per_step"],
+    }
+
+
+def read_peers(path: Path | None) -> list[dict[str, Any]]:
+    """The lines of a --peer file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path else []
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def bench(
-    name: str, batches: list[int], input_len: int, output_len: int, bandwidth: float
+    name: str,
+    batches: Sequence[int],
+    input_len: int,
+    output_len: int,
+    bandwidth: float,
+    peers: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     config = MODELS[name]
     total = input_len + output_len
@@ -180,26 +217,23 @@ def bench(
     rows = []
     for batch in batches:
         serve(executable, config.vocab_size, batch, input_len, 8)
-        runs = [
-            serve(executable, config.vocab_size, batch, input_len, output_len) for _ in range(2)
-        ]
+        first, whole = (
+            statistics.median(
+                serve(executable, config.vocab_size, batch, input_len, count) for _ in range(REPEAT)
+            )
+            for count in (1, output_len)
+        )
+        tpot = (whole - first) / (output_len - 1)
         middle = input_len + output_len // 2
         floor = bytes_read(graph, config, middle, batch) / bandwidth
-        ttft, tpot = (min(run[i] for run in runs) for i in range(2))
-        device = device_step(executable, batch, middle)
-        rows.append(
-            {
-                "model": name, "batch_size": batch, "ttft_ms": ttft * 1e3, "tpot_ms": tpot * 1e3,
-                "device_step_ms": device * 1e3, "floor_ms": floor * 1e3,
-                "tpot_over_floor": tpot / floor,
-            }
-        )  # fmt: skip
-        row = rows[-1]
-        click.echo(
-            f"{name} b{batch:<4} ttft {row['ttft_ms']:7.2f}  tpot {row['tpot_ms']:7.3f}  device "
-            f"{row['device_step_ms']:7.3f}  floor {row['floor_ms']:6.3f} ms  "
-            f"{row['tpot_over_floor']:.2f} of floor"
-        )
+        row = {
+            "model": name, "batch": batch, "in": input_len, "out": output_len,
+            "first_token_ms": first * 1e3, "tpot_ms": tpot * 1e3,
+            "device_step_ms": device_step(executable, batch, middle) * 1e3,
+            "floor_ms": floor * 1e3, "tpot_over_floor": tpot / floor,
+        }  # fmt: skip
+        rows.append(row | beside(row, peers))
+        click.echo("  ".join(f"{key} {_shown(value)}" for key, value in rows[-1].items()))
     if click.get_current_context().params["profile"]:
         for batch in batches:
             profile(executable, batch, input_len + output_len // 2)
@@ -228,6 +262,7 @@ def profile(executable: CudaExecutable, batch: int, kv_len: int) -> None:
 @click.option("--input-len", default=128, show_default=True)
 @click.option("--output-len", default=256, show_default=True)
 @click.option("--profile/--no-profile", default=False)
+@click.option("--peer", type=click.Path(exists=True, path_type=Path))
 @click.option("--json", "output", type=Path)
 def main(
     models: tuple[str, ...],
@@ -235,19 +270,18 @@ def main(
     input_len: int,
     output_len: int,
     profile: bool,
+    peer: Path | None,
     output: Path | None,
 ) -> None:
     bandwidth = read_bandwidth()
     click.echo(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e12:.2f} TB/s")
     cases = []
     for name in models:
-        cases += bench(name, list(batches), input_len, output_len, bandwidth)
+        cases += bench(name, batches, input_len, output_len, bandwidth, read_peers(peer))
     if output:
         report = {
             "gpu": torch.cuda.get_device_name(),
             "read_bandwidth_tb_per_s": bandwidth / 1e12,
-            "input_len": input_len,
-            "output_len": output_len,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "cases": cases,
         }

@@ -12,10 +12,13 @@ import numpy as np
 
 from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.params import ParamSpec, parameters
+from llmforge.comm import LocalComm
 from llmforge.engine.step import Limits, SampleRow, SamplingParams, StepBatch
 from llmforge.engine.weights import RankWeights
 from llmforge.model.graph import Graph, Parameter
 from llmforge.parallel import Topology
+from llmforge.runtime.generate import generate
+from llmforge.runtime.requests import Request
 from llmforge.safetensors_io import NUMPY_DTYPES
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=160, max_num_tokens=128, block_size=16, num_blocks=40)
@@ -139,6 +142,17 @@ def of_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
     return dataclasses.replace(config, dtype=dtype)
 
 
+SAMPLINGS = {
+    "plain": SamplingParams(temperature=1.0, seed=7),
+    "hot": SamplingParams(temperature=3.0, seed=2**40 + 3),
+    "top-k": SamplingParams(temperature=0.8, top_k=20, seed=1),
+    "top-p": SamplingParams(temperature=1.2, top_p=0.7, seed=2),
+    "min-p": SamplingParams(temperature=1.5, min_p=0.2, seed=3),
+    "penalty": SamplingParams(repetition_penalty=1.4, temperature=0.0),
+    "all": SamplingParams(1.3, 0.9, 40, 0.9, 0.02, 11),
+}
+
+
 class RandomWeights:
     """`Weights` drawn with the spread that params.py gives, from a seed."""
 
@@ -194,6 +208,39 @@ def poison(executable: Any) -> None:
     executable.memory.arena.fill_(255)
     if executable.memory.arena.is_cuda:
         torch.cuda.synchronize()
+
+
+class _Waiting:
+    """An executable that does not run ahead."""
+
+    def __init__(self, executable: Any) -> None:
+        self.limits, self.step, self.close = executable.limits, executable.step, executable.close
+
+
+def check_running_ahead(executable: Any, vocab_size: int, count: int) -> None:
+    """The tokens of steps that begin before those of the step before are known are the same. Of the
+    requests some end where a token happens to come, the others at their length."""
+    rng = np.random.default_rng(6)
+
+    def tokens(most: int) -> list[int]:
+        return rng.integers(0, vocab_size, int(rng.integers(1, most))).tolist()
+
+    requests = [
+        Request(
+            index,
+            tuple(tokens(50)),
+            int(rng.integers(1, 40)),
+            SamplingParams(temperature=float(index % 3), seed=index),
+            eos_token_ids=frozenset(tokens(24)),
+        )
+        for index in range(count)
+    ]
+    ahead, waiting = (
+        generate(each, LocalComm(), requests, vocab_size=vocab_size)
+        for each in (executable, _Waiting(executable))
+    )
+    assert [c.token_ids for c in ahead] == [c.token_ids for c in waiting]
+    assert {c.finish_reason for c in ahead} == {"eos", "length"}
 
 
 class Driver:

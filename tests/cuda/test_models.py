@@ -7,8 +7,10 @@ import pytest
 from cuda_models import (
     LIMITS,
     MODELS,
+    SAMPLINGS,
     Driver,
     RandomWeights,
+    check_running_ahead,
     compile_into,
     of_dtype,
     poison,
@@ -22,8 +24,6 @@ from llmforge.engine.cuda.target import CudaTarget
 from llmforge.engine.step import SamplingParams
 from llmforge.model.decoder import trace
 from llmforge.parallel import Topology
-from llmforge.runtime.generate import generate
-from llmforge.runtime.requests import Request
 from llmforge.runtime.sampling import sample
 
 pytestmark = pytest.mark.gpu
@@ -82,17 +82,6 @@ def test_greedy_tokens_equal_in_float32(name, tmp_path):
         chunks = [1, 1, 1]
 
 
-SAMPLINGS = {
-    "plain": SamplingParams(temperature=1.0, seed=7),
-    "hot": SamplingParams(temperature=3.0, seed=2**40 + 3),
-    "top-k": SamplingParams(temperature=0.8, top_k=20, seed=1),
-    "top-p": SamplingParams(temperature=1.2, top_p=0.7, seed=2),
-    "min-p": SamplingParams(temperature=1.5, min_p=0.2, seed=3),
-    "penalty": SamplingParams(repetition_penalty=1.4, temperature=0.0),
-    "all": SamplingParams(1.3, 0.9, 40, 0.9, 0.02, 11),
-}
-
-
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_sampling_draws_as_the_runtime_does(sampling, tmp_path):
     config = of_dtype(MODELS["wide"], "bfloat16")
@@ -108,34 +97,11 @@ def test_sampling_draws_as_the_runtime_does(sampling, tmp_path):
         chunks = [1, 1, 1]
 
 
-class Waiting:
-    """An executable that does not run ahead."""
-
-    def __init__(self, executable):
-        self.limits, self.step = executable.limits, executable.step
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_running_ahead_gives_the_same_tokens(dtype, tmp_path):
     config = of_dtype(MODELS["wide"], dtype)
     _, cuda = both(config, tmp_path, seed=4)
-    rng = np.random.default_rng(6)
-    # More requests than fit a batch, that end at their length, or where a token happens to come.
-    requests = [
-        Request(
-            index,
-            tuple(rng.integers(0, config.vocab_size, int(rng.integers(1, 50))).tolist()),
-            int(rng.integers(1, 40)),
-            SamplingParams(temperature=float(index % 3), seed=index),
-            eos_token_ids=frozenset(rng.integers(0, config.vocab_size, 12).tolist()),
-        )
-        for index in range(3 * LIMITS.max_batch_size)
-    ]
-    done = [
-        [c.token_ids for c in generate(e, LocalComm(), requests, vocab_size=config.vocab_size)]
-        for e in (cuda, Waiting(cuda))
-    ]
-    assert done[0] == done[1]
+    check_running_ahead(cuda, config.vocab_size, 3 * LIMITS.max_batch_size)
 
 
 def test_ties_and_equal_logits(tmp_path):

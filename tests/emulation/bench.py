@@ -20,10 +20,12 @@ class Bench:
         self.tensors: dict[str, torch.Tensor] = {}
         self.sizes.set("processors", PROCESSORS)
 
-    def run(self, launch: Launch, arch: str = "sm_90", **sizes: int) -> None:
+    def run(
+        self, launch: Launch, arch: str = "sm_90", text: str | None = None, **sizes: int
+    ) -> None:
         for name, value in sizes.items():
             self.sizes.set(name, value)
-        module = self.device.module(launch.kernel, arch)
+        module = self.device.module(launch.kernel, arch, text)
         EmulatedLaunch(launch, module, self.address, self.sizes)()
 
     def address(self, name: str) -> int:

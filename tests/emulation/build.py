@@ -50,9 +50,13 @@ def _version() -> str:
     return done.stdout.strip()
 
 
-def library(spec: KernelSpec, arch: str = "sm_90") -> Path:
-    """The library of a kernel, compiled now or earlier. Raises RuntimeError with what g++ says."""
-    texts = {name: _adapted(text.decode()) for name, text in _sources(spec.source).items()}
+def library(spec: KernelSpec, arch: str = "sm_90", text: str | None = None) -> Path:
+    """The library of a kernel, compiled now or earlier. `text`: its source, where that is not in
+    csrc; it includes common.cuh. Raises RuntimeError with what g++ says."""
+    sources = _sources(spec.source if text is None else "common.cuh")
+    if text is not None:
+        sources[spec.source] = text.encode()
+    texts = {name: _adapted(text.decode()) for name, text in sources.items()}
     texts.pop("ptx.cuh", None)  # the emulation has its own
     texts["kernel.cpp"] = _wrapper(spec, int(arch.removeprefix("sm_")))
     digest = hashlib.sha256(f"{_version()} {FLAGS}".encode())
@@ -95,8 +99,8 @@ namespace {{
 }}
 extern "C" const char* emulated_launch(void** arguments, const unsigned* grid, unsigned threads,
                                        size_t shared_bytes, char* stacks, uint64_t seed) {{
-    auto kernel = [](void** a) {{ emulation::call({spec.entry}, a); }};
-    return emulation::run_grid(kernel, arguments, grid, threads, shared_bytes, stacks, seed);
+    return emulation::run_grid([](void** a) {{ emulation::call({spec.entry}, a); }}, arguments,
+                               grid, threads, shared_bytes, stacks, seed);
 }}
 """
 

@@ -40,7 +40,9 @@ class EmulationError(Exception):
 
 class Device:
     """What the kernels of one rank share. Ranks are threads of this process, and a library's
-    variables are those of one GPU, so each device loads copies of its own."""
+    variables are those of one GPU, so each device loads copies of its own. With an odd seed blocks
+    run from the last to the first; blocks of several ranks that wait for each other must run in
+    the same order on all of them."""
 
     def __init__(self, seed: int = 0) -> None:
         self._stacks = np.empty(_STACKS + 64, np.uint8)
@@ -49,11 +51,13 @@ class Device:
         self._launches = 0
         self._modules: dict[str, EmulatedModule] = {}
 
-    def module(self, spec: KernelSpec, arch: str = "sm_90") -> EmulatedModule:
+    def module(
+        self, spec: KernelSpec, arch: str = "sm_90", text: str | None = None
+    ) -> EmulatedModule:
+        """The kernel, loaded; see `build.library`."""
         if spec.key not in self._modules:
-            self._modules[spec.key] = EmulatedModule(
-                self, _copy_of(library(spec, arch)), spec.entry
-            )
+            loaded = _copy_of(library(spec, arch, text))
+            self._modules[spec.key] = EmulatedModule(self, loaded, spec.entry)
         return self._modules[spec.key]
 
     def next_seed(self) -> int:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_models import LIMITS, MODELS, Driver, RandomWeights, of_dtype
 from emulation.bench import Bench
 from emulation.build import unavailable
 from emulation.device import PROCESSORS
+from emulation.executable import emulated, emulated_gpu
+from op_meanings import check_instructions
 
+from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.target import CudaTarget
 from llmforge.kernels.gemv import GemvTuning, gemv
+from llmforge.kernels.launch import Launch
+from llmforge.model.decoder import trace
 from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
+from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -137,3 +145,23 @@ def test_tunings(tuning: GemvTuning) -> None:
 def test_rows_of_real_models() -> None:
     check(20, 14336, tuning=GemvTuning(), residual=True, alone=True)
     check(20, 4096, tuning=GemvTuning(), norm=True, activation="silu")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("wide-biases", "bfloat16"),
+        pytest.param("wide-biases", "float16", marks=pytest.mark.slow),
+        pytest.param("latents", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_every_instruction_of_a_step_of_one_token(name: str, dtype: str) -> None:
+    config = of_dtype(MODELS[name], dtype)
+    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+    weights = RandomWeights(config, seed=5)
+    with emulated_gpu():
+        cuda = emulated(graph, weights, LIMITS, products=Products("gemv"))
+        batch = Driver(LIMITS, config.vocab_size, 3, (1,)).batch([1])
+        calls = [i.call for i in cuda.instructions(batch)]
+        assert any(isinstance(c, Launch) and c.kernel.entry == "gemv" for c in calls)
+        check_instructions(cuda, graph, weights, batch, LOCAL, dtype)

@@ -1,8 +1,8 @@
 // An emulation of a GPU on one x86-64 processor, for tests: what the CUDA C++ of a kernel means,
 // fiber by fiber. No word here says how fast anything is, nor how a GPU schedules it.
 #pragma once
-#include <sched.h>
 #include <stdio.h>
+#include <unistd.h>
 
 #include "types.h"
 #include "fibers.h"

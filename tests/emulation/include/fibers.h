@@ -242,7 +242,8 @@ static void run_block(char* stacks, size_t shared_bytes) {
     emulated_switch(&host_stack, fibers[current].stack);
 }
 
-// Runs a kernel's grid, its blocks in an order that is drawn too. Null, or what went wrong.
+// Runs a kernel's grid, its blocks from the last on where bit 32 of the seed is set. Null, or what
+// went wrong.
 static const char* run_grid(void (*kernel)(void**), void** arguments, const unsigned* grid,
                             unsigned threads, size_t shared_bytes, char* stacks, uint64_t seed) {
     if (threads == 0 || threads > MAX_THREADS) return "a block has 1 to 1024 threads";
@@ -250,7 +251,7 @@ static const char* run_grid(void (*kernel)(void**), void** arguments, const unsi
     body = kernel, body_arguments = arguments, failure = nullptr, random_state = seed;
     blockDim = {threads, 1, 1}, gridDim = {grid[0], grid[1], grid[2]};
     draw(1), draw(1);
-    const bool backwards = draw(2);
+    const bool backwards = seed >> 32 & 1;
     const size_t blocks = (size_t)grid[0] * grid[1] * grid[2];
     for (size_t i = 0; i < blocks && !failure; i++) {
         const size_t block = backwards ? blocks - 1 - i : i;

@@ -37,8 +37,9 @@ DEVICE void store_release(u32* address, u32 value) {
     __atomic_store_n(address, value, __ATOMIC_RELEASE);
 }
 DEVICE u32 load_acquire(const u32* address) {
+    static u32 tries;
     emulation::poll();
-    sched_yield();
+    if (++tries % 16 == 0) usleep(20);
     return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
 DEVICE u64 nanoseconds() {

@@ -1,0 +1,133 @@
+"""benchmarks/cuda_products.py from end to end on the emulated GPU: its figures mean nothing there,
+but a machine with a GPU is too dear to find its mistakes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from cuda_models import MODELS, RandomWeights, of_dtype
+from emulation.build import unavailable
+from emulation.device import PROCESSORS, Device, EmulatedLaunch
+from emulation.executable import emulated, emulated_gpu
+
+from llmforge.engine.cuda.executable import CudaExecutable
+from llmforge.engine.cuda.state import Products
+from llmforge.kernels.gemv import GemvTuning
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+MODEL = dataclasses.replace(
+    of_dtype(MODELS["wide"], "bfloat16"), num_layers=1, sliding_window=(None,)
+)
+VARIANTS = {
+    "stream_gemm": Products("stream_gemm"),
+    "torch": Products("torch"),
+    "gemv": Products("gemv"),
+    "4 warps": Products("gemv", GemvTuning(warps=4, piece=1024)),
+}
+
+
+class Graph:
+    replayed = 0
+
+    def replay(self) -> None:
+        Graph.replayed += 1
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: Event) -> float:
+        return 2.0
+
+
+class Torch:
+    """torch, as the benchmark sees it on a machine with a GPU."""
+
+    def __init__(self) -> None:
+        stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+        self.cuda = SimpleNamespace(
+            is_available=lambda: True,
+            get_device_capability=lambda: (9, 0),
+            get_device_name=lambda: "an emulated GPU",
+            get_device_properties=lambda device: SimpleNamespace(multi_processor_count=PROCESSORS),
+            current_stream=lambda: stream,
+            Stream=lambda: stream,
+            CUDAGraph=Graph,
+            Event=Event,
+            stream=lambda stream: contextlib.nullcontext(),
+            graph=lambda graph, stream: contextlib.nullcontext(),
+            empty_cache=lambda: None,
+        )
+        self.version = SimpleNamespace(cuda="13.0")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *shape: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
+        assert device == "cuda"
+        return torch.empty(*shape, dtype=dtype)
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(Path("benchmarks").absolute()), *sys.path])
+    import cuda_products
+
+    device = Device()
+
+    def load(graph: Any, weights: Any, limits: Any, products: Products) -> CudaExecutable:
+        return emulated(graph, RandomWeights(MODEL, seed=3), limits, products=products)
+
+    def time_decode(self: CudaExecutable, step: Any, repeat: int) -> float:
+        assert self._runner_of(step).graph is not None
+        return 1e-3
+
+    replaced = {
+        "torch": Torch(), "MODELS": {"tiny": MODEL}, "VARIANTS": VARIANTS, "load": load,
+        "random_weights": lambda graph: {}, "read_bandwidth": lambda: 4e12,
+        "BoundLaunch": EmulatedLaunch,
+        "compiled": lambda launches, arch: [device.module(call.kernel) for call in launches],
+    }  # fmt: skip
+    for name, value in replaced.items():
+        monkeypatch.setattr(cuda_products, name, value)
+    monkeypatch.setattr(CudaExecutable, "time_decode", time_decode)
+    return cuda_products
+
+
+def test_it_checks_and_times_every_variant(benchmark: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "products.json"
+    with emulated_gpu():
+        arguments = ["--model", "tiny", "--json", str(out)]
+        result = CliRunner().invoke(benchmark.main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "20 products agree" in result.output  # five of each tuning, plain and with biases
+    report = json.loads(out.read_text())
+    assert [case["variant"] for case in report["cases"]] == list(VARIANTS)
+    for case in report["cases"]:
+        assert case["device_step_ms"] == 1.0 and case["products_ms"] == 2.0
+        assert case["over_floor"] == pytest.approx(1.0 / case["floor_ms"])
+        assert case["logits_off"] < 2e-2
+    assert Graph.replayed and report["gpu"] == "an emulated GPU"
+
+
+def test_a_wrong_product_ends_it(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = benchmark.expected
+    monkeypatch.setattr(benchmark, "expected", lambda *args: expected(*args) * 1.01)
+    with emulated_gpu():
+        result = CliRunner().invoke(benchmark.main, ["--model", "tiny"])
+    assert result.exit_code == 1 and "off; compiled as" in result.output

@@ -1,0 +1,140 @@
+"""Whole tiny models on emulated GPUs beside the cpu target: steps one after another, ranks that
+work together, and the tokens drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_models import (
+    LIMITS,
+    MODELS,
+    SAMPLINGS,
+    Driver,
+    RandomWeights,
+    check_running_ahead,
+    compile_into,
+    of_dtype,
+    poison,
+    rank_weights,
+    steps,
+    tolerance,
+)
+from emulation.build import unavailable
+from emulation.executable import emulated, emulated_gpu
+from thread_comm import run_ranks
+
+from llmforge.comm import Comm, LocalComm
+from llmforge.engine.cpu.target import CpuTarget
+from llmforge.engine.cuda.target import CudaTarget
+from llmforge.engine.step import SamplingParams
+from llmforge.model.decoder import trace
+from llmforge.parallel import Topology
+from llmforge.runtime.sampling import sample
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+def cpu_of(config, seed, directory):
+    """The cpu target's executable of one rank."""
+    graph = CpuTarget().prepare(trace(config, Topology(), 0))
+    out = compile_into(CpuTarget(), graph, RandomWeights(config, seed), LIMITS, directory)
+    return CpuTarget().load(out, Topology(), LIMITS, LocalComm())
+
+
+def emulated_rank(config, seed, topology=None, comm=None, arch="sm_90"):
+    topology, comm = topology or Topology(), comm or LocalComm()
+    graph = CudaTarget().prepare(trace(config, topology, comm.rank))
+    weights = rank_weights(config, seed, topology, comm.rank)
+    return emulated(graph, weights, LIMITS, arch, comm, topology)
+
+
+QUICK = (
+    ("all-biases", "float32", "2"),
+    ("wide", "bfloat16", "2"),
+    ("llama-tied", "float32", "1,2"),
+)
+LAYOUTS = ("1", "2", "1,2", "2,2")
+CASES = [
+    (name, dtype, layout)
+    for name in ("all-biases", "wide", "llama-tied", "alibi-parallel", "norms-over-heads",
+                 "experts-shared", "sinks-and-limited-experts", "latents")
+    for dtype in ("float32", "bfloat16")
+    for layout in LAYOUTS
+    # Experts are chosen anew after every rounding, so in two-byte types logits may differ by more.
+    if dtype == "float32" or MODELS[name].moe is None
+]  # fmt: skip
+CASES += [("experts-shared", "float32", "2,1,2"), ("latents", "float32", "2,1,2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "layout"),
+    [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES],
+)
+def test_logits_of_ranks_are_those_of_one_on_the_cpu(name, dtype, layout, tmp_path):
+    config, topology = of_dtype(MODELS[name], dtype), Topology(*map(int, layout.split(",")))
+
+    def work(comm: Comm) -> list:
+        cuda = emulated_rank(config, 3, topology, comm)
+        driver = Driver(LIMITS, config.vocab_size, seed=1, prompts=(5, 33, 70))
+        found = []
+        for batch in steps(driver, decode_steps=3):
+            poison(cuda)
+            logits = cuda.step(batch).logits
+            # A copy: these lie in the emulated GPU's own memory.
+            found.append(None if logits is None else logits.copy())
+        cuda.close()
+        return found
+
+    with emulated_gpu():
+        got = run_ranks(topology.world_size, work)[0]
+    cpu = cpu_of(config, 3, tmp_path / "cpu")
+    driver = Driver(LIMITS, config.vocab_size, seed=1, prompts=(5, 33, 70))
+    for batch, logits in zip(steps(driver, decode_steps=3), got, strict=True):
+        expected = cpu.step(batch).logits
+        bound = tolerance(config, expected)
+        worst = np.abs(logits - expected).max()
+        assert np.isfinite(logits).all() and worst <= bound, (worst, bound)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_sampling_draws_as_the_runtime_does(sampling):
+    config = of_dtype(MODELS["llama"], "bfloat16")
+    with emulated_gpu():
+        cuda = emulated_rank(config, 4)
+        driver = Driver(LIMITS, config.vocab_size, seed=5, prompts=(30, 9, 60))
+        chunks = [30, 9, 60]
+        for _ in range(6):
+            batch = driver.batch(chunks, SAMPLINGS[sampling])
+            tokens = cuda.step(batch).tokens
+            logits = cuda.last_logits(len(tokens))
+            assert tokens.tolist() == sample(logits, batch.sampling).tolist()
+            driver.append(tokens.tolist(), [0, 1, 2])
+            chunks = [1, 1, 1]
+
+
+def test_running_ahead_gives_the_same_tokens():
+    config = of_dtype(MODELS["llama"], "bfloat16")
+    with emulated_gpu():
+        check_running_ahead(emulated_rank(config, 4), config.vocab_size, 6)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("llama"), pytest.param("wide", marks=pytest.mark.slow)]
+)
+def test_ties_and_equal_logits(name):
+    """All weights of the head equal: every logit is the same, so only ids break ties."""
+    config = of_dtype(MODELS["llama"], "bfloat16")
+    weights = RandomWeights(config, 0)
+    weights.values["head.weight"][:] = weights.values["head.weight"][0]
+    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+    with emulated_gpu():
+        cuda = emulated(graph, weights, LIMITS)
+        for params in (
+            SamplingParams(),
+            SamplingParams(temperature=1.0, top_p=0.25, seed=5),
+            SamplingParams(temperature=1.0, top_k=3, top_p=0.5, seed=6),
+        ):
+            driver = Driver(LIMITS, config.vocab_size, seed=5, prompts=(3, 4, 5))
+            batch = driver.batch([3, 4, 5], params)
+            tokens = cuda.step(batch).tokens
+            assert tokens.tolist() == sample(cuda.last_logits(3), batch.sampling).tolist()
