@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 # Kernels that may spill, and how many bytes: fragments of 16 rows by 128 elements, keys and values
-# take all registers that two blocks a multiprocessor leave; sums of rows of 256 nearly all there are.
+# take all registers that two blocks a multiprocessor leave; sums of rows of 256 take all there are.
 SPILLS = {"attention": 64, "decode_attention": 8}
 
 
