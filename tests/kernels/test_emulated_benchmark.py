@@ -97,6 +97,11 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         assert self._runner_of(step).graph is not None
         return 1e-3
 
+    def kernel_ends(run: Any) -> list[float]:
+        """Of five steps of 10 kernels: the i-th takes 2 i - 1 us from the end of the one before."""
+        run()
+        return [1000.0 * step + i * i for step in range(5) for i in range(10)]
+
     replaced = {
         "torch": Torch(), "MODELS": {"tiny": MODEL}, "VARIANTS": VARIANTS, "load": load,
         "random_weights": lambda graph: {}, "read_bandwidth": lambda: 4e12,
@@ -106,6 +111,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name, value in replaced.items():
         monkeypatch.setattr(cuda_products, name, value)
     monkeypatch.setattr(CudaExecutable, "time_decode", time_decode)
+    monkeypatch.setattr(cuda_products, "kernel_ends", kernel_ends)
     return cuda_products
 
 
@@ -115,19 +121,36 @@ def test_it_checks_and_times_every_variant(benchmark: ModuleType, tmp_path: Path
         arguments = ["--model", "tiny", "--json", str(out)]
         result = CliRunner().invoke(benchmark.main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "20 products agree" in result.output  # five of each tuning, plain and with biases
+    # Five of each tuning, plain and with biases.
+    assert "20 products, at most" in result.output and "wrong: none" in result.output
     report = json.loads(out.read_text())
     assert [case["variant"] for case in report["cases"]] == list(VARIANTS)
     for case in report["cases"]:
         assert case["device_step_ms"] == 1.0 and case["products_ms"] == 2.0
         assert case["over_floor"] == pytest.approx(1.0 / case["floor_ms"])
-        assert case["logits_off"] < 2e-2
+        assert case["logits_off"] < 2e-2 and not case["wrong"]
+    ends = {case["variant"]: case["us_between_ends"] for case in report["cases"]}
+    assert ends["gemv"]["gemv 768 x 512"] == [1, 3.0]  # behind the embedding and the rope table
+    assert (
+        ends["stream_gemm"]["stream_gemm 1000 x 512"] == [1, 15.0] and "sample" not in ends["gemv"]
+    )
+    assert ends["torch"] == {}, "the library's kernels are not known"
     assert Graph.replayed and report["gpu"] == "an emulated GPU"
 
 
-def test_a_wrong_product_ends_it(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = benchmark.expected
-    monkeypatch.setattr(benchmark, "expected", lambda *args: expected(*args) * 1.01)
+def test_a_variant_with_a_wrong_product_is_named_and_not_timed(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = benchmark.relative_error
+
+    def wrong(launch: Any, *rest: Any) -> float:
+        return right(launch, *rest) + (dict(launch.kernel.defines)["WARPS"] == 4)
+
+    monkeypatch.setattr(benchmark, "relative_error", wrong)
+    out = tmp_path / "products.json"
     with emulated_gpu():
-        result = CliRunner().invoke(benchmark.main, ["--model", "tiny"])
-    assert result.exit_code == 1 and "off; compiled as" in result.output
+        result = CliRunner().invoke(benchmark.main, ["--model", "tiny", "--json", str(out)])
+    assert result.exit_code == 1 and "wrong: ['4 warps']" in result.output
+    report = json.loads(out.read_text())
+    assert [case["variant"] for case in report["cases"]] == ["stream_gemm", "torch", "gemv"]
+    assert sum(check["wrong"] for check in report["checks"]) == 10
