@@ -17,13 +17,14 @@ pytestmark = pytest.mark.skipif(
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 # Kernels that may spill, and how many bytes: fragments of 16 rows by 128 elements, keys and values
-# take all registers that two blocks a multiprocessor leave.
-SPILLS = {"attention": 64}
+# take all registers that two blocks a multiprocessor leave; sums of rows of 256 take all there are.
+SPILLS = {"attention": 64, "decode_attention": 8}
 
 
 def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
-    from cuda_models import MODELS, OLMO, REAL
+    from cuda_models import MODELS, OLMO, REAL, of_dtype
 
+    from llmforge.engine.cuda.state import Products
     from llmforge.engine.cuda.target import CudaTarget, engine_kernels
     from llmforge.engine.step import Limits
     from llmforge.model.decoder import trace
@@ -52,7 +53,13 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
         for rank in range(layout[0] * layout[1]):
             graph = CudaTarget().prepare(trace(config, Topology(*layout), rank))
             found.update(engine_kernels(graph, longer, arch))
-    assert {"all_reduce", "all_gather", "send", "receive", "rms_norm_by"} <= {
+    wide = of_dtype(MODELS["head-dim-256"], "bfloat16")
+    capped = dataclasses.replace(wide, attention_softcap=50.0, attention_sinks=True)
+    for config in (*REAL, wide, capped):
+        graph = CudaTarget().prepare(trace(config, Topology(), 0))
+        fused = engine_kernels(graph, limits, arch, Products(attention="fused"))
+        found |= {key: spec for key, spec in fused.items() if spec.entry == "decode_attention"}
+    assert {"decode_attention", "all_reduce", "all_gather", "send", "receive", "rms_norm_by"} <= {
         spec.entry for spec in found.values()
     }
     return found

@@ -42,6 +42,36 @@ class Cache:
         }
 
 
+@dataclass(frozen=True)
+class QkvSteps:
+    """What becomes of the rows of a merged q|k|v product before attention; what is None is left
+    out. table: rope's angles. bias: that of q | k | v. eps: of the norms of q and k heads."""
+
+    table: Operand | None = None
+    bias: Operand | None = None
+    q_norm: Operand | None = None
+    k_norm: Operand | None = None
+    eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        require((self.q_norm is None) == (self.k_norm is None), "q and k are normed, or neither")
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {
+            "BIAS": int(self.bias is not None),
+            "NORM": int(self.q_norm is not None),
+            "ROPE_DIM": self.table.features if self.table else 0,
+        }
+
+    @property
+    def operands(self) -> tuple[Operand | None, ...]:
+        return self.bias, self.q_norm, self.k_norm, self.table
+
+
+_AS_IT_IS = QkvSteps()
+
+
 def qkv(
     q_out: Operand,
     q: Operand,
@@ -49,31 +79,20 @@ def qkv(
     v: Operand,
     cache: Cache,
     positions: Operand,
-    *,
-    table: Operand | None = None,
-    bias: Operand | None = None,
-    q_norm: Operand | None = None,
-    k_norm: Operand | None = None,
-    eps: float = 0.0,
+    steps: QkvSteps = _AS_IT_IS,
 ) -> Launch:
-    """Bias, norm and rotate q and k; q to `q_out`, k and v into the cache. What is None is left
-    out; `bias` is that of q | k | v."""
-    dtype = same_dtype(q_out, q, k, v, cache.keys, cache.values, bias, q_norm, k_norm)
+    """Bias, norm and rotate q and k; q to `q_out`, k and v into the cache."""
+    dtype = same_dtype(q_out, q, k, v, cache.keys, cache.values, *steps.operands[:3])
     heads = q.features // cache.head_dim
     require(k.features == v.features == cache.kv_heads * cache.head_dim, "qkv: k, v and cache")
     require(q_out.contiguous and q_out.features == q.features, "qkv: q_out is q, contiguous")
-    require((q_norm is None) == (k_norm is None), "qkv: q and k are normed both or neither")
-    norms = [o for o in (q_norm, k_norm) if o is not None]
-    require(all(o.features == cache.head_dim for o in norms), "qkv: norms of single heads")
     warps = 4
-    spec = specialised(
-        "qkv.cu", "qkv", dtype, HEADS=heads, WARPS=warps, BIAS=int(bias is not None),
-        NORM=int(q_norm is not None), ROPE_DIM=table.features if table else 0, **cache.defines,
-    )  # fmt: skip
+    defines = {"HEADS": heads, "WARPS": warps, **steps.defines, **cache.defines}
+    spec = specialised("qkv.cu", "qkv", dtype, **defines)
     arguments: tuple[Argument, ...] = (
-        q_out, cache.keys, cache.values, q, k, v, bias, q_norm, k_norm, table, positions,
+        q_out, cache.keys, cache.values, q, k, v, *steps.operands, positions,
         cache.query_starts, cache.block_table, Size("sequences"),
-        q.row_stride, k.row_stride, v.row_stride, Float(eps),
+        q.row_stride, k.row_stride, v.row_stride, Float(steps.eps),
     )  # fmt: skip
     blocks = -(-(heads + 2 * cache.kv_heads) // warps)
     return Launch(spec, arguments, (extent(q.shape[0]), blocks, 1), warps * 32)

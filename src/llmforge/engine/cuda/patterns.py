@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmforge.engine.cuda.collectives import all_reduce_add
+from llmforge.engine.cuda.decode import fused_attention
 from llmforge.engine.cuda.products import attend, norm, product, streams
 from llmforge.engine.cuda.state import Lowering
 from llmforge.kernels import attention
+from llmforge.kernels.attention import QkvSteps
 from llmforge.model.graph import Node
 
 
@@ -64,7 +66,8 @@ def _match_qkv(low: Lowering, index: int) -> _Qkv | None:
 
 
 def _qkv_attention(low: Lowering, index: int) -> int:
-    """The product's bias, qk-norm, rope and the cache writes in one kernel, then attention."""
+    """The product's bias, qk-norm, rope and the cache writes in one kernel, then attention; or all
+    of it in one."""
     found = _match_qkv(low, index)
     if found is None:
         return 0
@@ -77,20 +80,17 @@ def _qkv_attention(low: Lowering, index: int) -> int:
     q, k, v = (low.operand(name) for name in found.split.outputs)
     norms = [low.operand(n.inputs[1]) for n in found.norms]
     cache = low.cache(found.attention)
-    rotated = low.new(found.ropes[0].outputs[0])
-    epilogue = attention.qkv(
-        rotated,
-        q,
-        k,
-        v,
-        cache,
-        low.operand("positions"),
+    steps = QkvSteps(
         table=low.operand(found.ropes[0].inputs[1]),
         bias=bias,
         q_norm=norms[0] if norms else None,
         k_norm=norms[1] if norms else None,
         eps=found.norms[0].attrs["eps"] if found.norms else 0.0,
     )
+    if fused_attention(low, found.attention, (q, k, v), cache, steps):
+        return found.count
+    rotated = low.new(found.ropes[0].outputs[0])
+    epilogue = attention.qkv(rotated, q, k, v, cache, low.operand("positions"), steps)
     low.emit(epilogue, rotated.buffer.removeprefix("arena."))
     attend(low, found.attention, rotated, cache)
     return found.count

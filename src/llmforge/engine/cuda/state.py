@@ -27,15 +27,19 @@ MAX_SPLITS = 32
 _NARROW = 2048  # features
 
 ProductKernel = Literal["stream_gemm", "gemv", "torch"]
+AttentionKernel = Literal["separate", "fused"]
 
 
 @dataclass(frozen=True)
 class Products:
-    """What computes the products of a step of one token where the GPU has bulk copies. gemv.cu
-    leaves the shapes that it does not take to stream_gemm.cu, and that to torch."""
+    """What computes the products of a step of one token where the GPU has bulk copies: gemv.cu
+    leaves the shapes that it does not take to stream_gemm.cu, and that to torch. And what follows
+    the product of q, k and v in decode steps: qkv.cu and the kernels of attention ("separate"), or
+    decode_attention.cu ("fused"), which leaves what it does not take to those."""
 
     one_row: ProductKernel = "stream_gemm"
     gemv: GemvTuning = DEFAULT_TUNING
+    attention: AttentionKernel = "separate"
 
 
 MEASURED = Products()

@@ -8,34 +8,15 @@
 //     partial: [sequences, KV_HEADS, splits, GROUP, HEAD_DIM + 2] float32; counters: one a
 //     (sequence, kv head), zero before and after.
 //
-// Keys and values go from global memory straight into fragments, 16 bytes a load. The product over
-// k does not care in which order k is walked as long as both factors agree, so a lane's 8
-// neighbouring elements serve as the two pairs of two products; the n columns of P V are likewise
-// permuted so that a lane's 8 dimensions of a value are the same column of 8 products.
+// Keys and values go from global memory straight into fragments, 16 bytes a load.
 #include "common.cuh"
 
-#define CHUNKS (HEAD_DIM / 8)
-#define STEPS ((CHUNKS + 3) / 4)
-#define HALVES ((CHUNKS + 7) / 8)
+#define ROWS 16
+#include "attention_tile.cuh"
+
 #define TOKENS (16 / GROUP)
 
-struct Rows {
-    uint4 low, high;  // elements of rows g and g + 8
-};
-
-DEVICE uint4 load_chunk(const T* row, int chunk) {
-    return chunk < CHUNKS ? ((const uint4*)row)[chunk] : make_uint4(0, 0, 0, 0);
-}
-
-DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
-
-struct State {
-    float sum[HALVES * 8][4];  // [product][row g: columns 2t, 2t + 1; row g + 8: ...]
-    float largest[2], total[2];
-};
-
-// One tile of 16 keys from `base` on. `last[i]`: the position of row g (0) and g + 8 (1);
-// keys outside [first, stop) or outside a row's reach count as minus infinity.
+// One tile of 16 keys from `base` on, as the other `attend`.
 DEVICE void attend(State& state, const Rows (&query)[STEPS], const T* key_cache,
                    const T* value_cache, const int* blocks, int kv_head, int base, int first,
                    int stop, const int (&last)[2], float scale_log2) {
@@ -58,85 +39,19 @@ DEVICE void attend(State& state, const Rows (&query)[STEPS], const T* key_cache,
 #pragma unroll
         for (int h = 0; h < HALVES; h++) values[j][h] = load_chunk(row, h * 8 + g);
     }
-    float score[2][4] = {};
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        const uint4 a = query[s].low, b = query[s].high;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            mma(score[j], a.x, b.x, a.y, b.y, keys[j][s].x, keys[j][s].y);
-            mma(score[j], a.z, b.z, a.w, b.w, keys[j][s].z, keys[j][s].w);
-        }
-    }
-    u32 weights[4];
-    float keep[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float bound = state.largest[i];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int key = base + j / 2 * 8 + 2 * t + j % 2;
-            float& x = score[j / 2][2 * i + j % 2];
-            bool visible = key >= first && key < stop && key <= last[i];
-            if (WINDOW > 0) visible = visible && key > last[i] - WINDOW;
-            x = visible ? x * scale_log2 : -INFINITY;
-            bound = fmaxf(bound, x);
-        }
-        bound = fmaxf(bound, __shfl_xor_sync(FULL_WARP, bound, 1));
-        bound = fmaxf(bound, __shfl_xor_sync(FULL_WARP, bound, 2));
-        const float shift = bound == -INFINITY ? 0.0f : bound;
-        keep[i] = exp2f(state.largest[i] - shift);
-        state.largest[i] = bound;
-        float added = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float& x = score[j / 2][2 * i + j % 2];
-            x = exp2f(x - shift);
-            added += x;
-        }
-        state.total[i] = state.total[i] * keep[i] + added;
-        weights[i] = packed(score[0][2 * i], score[0][2 * i + 1]);
-        weights[2 + i] = packed(score[1][2 * i], score[1][2 * i + 1]);
-    }
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            float(&sum)[4] = state.sum[h * 8 + e];
-            sum[0] *= keep[0], sum[1] *= keep[0], sum[2] *= keep[1], sum[3] *= keep[1];
-            const u32 halves = e % 2 ? 0x7632 : 0x5410;
-            const u32 b0 =
-                __byte_perm(word(values[0][h], e / 2), word(values[1][h], e / 2), halves);
-            const u32 b1 =
-                __byte_perm(word(values[2][h], e / 2), word(values[3][h], e / 2), halves);
-            mma(sum, weights[0], weights[1], weights[2], weights[3], b0, b1);
-        }
-    }
+    attend(
+        state, [&](int s) { return query[s]; }, [&](int j, int s) { return keys[j][s]; },
+        [&](int j, int h) { return values[j][h]; }, base, first, stop, last,
+        [&](float x) { return x * scale_log2; });
 }
 
 DEVICE void begin(State& state, Rows (&query)[STEPS], const T* q, const int (&token)[2],
                   const int (&head)[2]) {
-    const int t = threadIdx.x % 4;
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        query[s].low = load_chunk(q + ((size_t)token[0] * HEADS + head[0]) * HEAD_DIM, s * 4 + t);
-        query[s].high = load_chunk(q + ((size_t)token[1] * HEADS + head[1]) * HEAD_DIM, s * 4 + t);
-    }
-#pragma unroll
-    for (int i = 0; i < HALVES * 8; i++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) state.sum[i][j] = 0;
-    }
-    state.largest[0] = state.largest[1] = -INFINITY;
-    state.total[0] = state.total[1] = 0;
-}
-
-DEVICE void finish_totals(State& state) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        state.total[i] += __shfl_xor_sync(FULL_WARP, state.total[i], 1);
-        state.total[i] += __shfl_xor_sync(FULL_WARP, state.total[i], 2);
-    }
+    for (int s = 0; s < STEPS; s++)
+        query[s] = chunk_of(q + ((size_t)token[0] * HEADS + head[0]) * HEAD_DIM,
+                            q + ((size_t)token[1] * HEADS + head[1]) * HEAD_DIM, s);
+    begin(state);
 }
 
 #if OVER_KEYS
@@ -185,7 +100,7 @@ attention(T* out, const T* q, const T* key_cache, const T* value_cache, const in
     const int end = min(kv_len, start + (split + 1) * each);
     for (int base = start + split * each + warp * 16; base < end; base += round)
         attend(state, query, key_cache, value_cache, blocks, kv_head, base, first, kv_len, last,
-               scale * 1.4426950408889634f);
+               scale * LOG2_E);
     finish_totals(state);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -283,7 +198,7 @@ attention(T* out, const T* q, const T* key_cache, const T* value_cache, const in
     const int stop = min(kv_len, first_last + TOKENS);
     for (int base = first / 16 * 16; base < stop; base += 16)
         attend(state, query, key_cache, value_cache, blocks, kv_head, base, first, stop, last,
-               scale * 1.4426950408889634f);
+               scale * LOG2_E);
     finish_totals(state);
 #pragma unroll
     for (int i = 0; i < 2; i++) {

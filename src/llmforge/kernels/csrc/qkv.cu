@@ -6,6 +6,7 @@
 // q, k, v: inputs [tokens, heads * HEAD_DIM] with row strides (they may be parts of one matrix).
 // Caches [blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]. Grid: (tokens, all heads / WARPS).
 #include "common.cuh"
+#include "qkv.cuh"
 
 #define ALL_HEADS (HEADS + 2 * KV_HEADS)
 
@@ -27,25 +28,8 @@ qkv(T* q_out, T* key_cache, T* value_cache, const T* q, const T* k, const T* v, 
                       : is_v ? v + token * v_stride
                              : k + token * k_stride;
     source += local * HEAD_DIM;
-    float* x = staged[warp];
-    float squares = 0;
-    for (int i = lane; i < HEAD_DIM; i += 32) {
-        float value = to_float(source[i]);
-#if BIAS
-        value = rounded(value + to_float(bias[head * HEAD_DIM + i]));
-#endif
-        squares += value * value;
-        x[i] = value;
-    }
-#if NORM
-    if (!is_v) {
-        const float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + eps);
-        const T* weight = is_q ? q_weight : k_weight;
-        for (int i = lane; i < HEAD_DIM; i += 32)
-            x[i] = rounded(rounded(x[i] * scale) * to_float(weight[i]));
-    }
-#endif
-    __syncwarp();
+    float(&x)[HEAD_DIM] = staged[warp];
+    load_head(x, lane, source, bias, head * HEAD_DIM, !is_v, is_q ? q_weight : k_weight, eps);
     T* target = q_out + (token * HEADS + local) * HEAD_DIM;
     if (!is_q) {
         const int sequence = sequence_of(query_starts, sequences, token);
@@ -54,13 +38,5 @@ qkv(T* q_out, T* key_cache, T* value_cache, const T* q, const T* k, const T* v, 
         const size_t slot = (size_t)block * BLOCK_SIZE + position % BLOCK_SIZE;
         target = (is_v ? value_cache : key_cache) + (slot * KV_HEADS + local) * HEAD_DIM;
     }
-    const int rotated = is_v ? 0 : ROPE_DIM;
-    for (int i = lane; i < rotated / 2; i += 32) {
-        const float first = x[i], second = x[i + ROPE_DIM / 2];
-        const float cosine = table[token * ROPE_DIM + i];
-        const float sine = table[token * ROPE_DIM + ROPE_DIM / 2 + i];
-        target[i] = from_float(first * cosine - second * sine);
-        target[i + ROPE_DIM / 2] = from_float(second * cosine + first * sine);
-    }
-    for (int i = rotated + lane; i < HEAD_DIM; i += 32) target[i] = from_float(x[i]);
+    store_head(target, x, lane, table, token, is_v ? 0 : ROPE_DIM);
 }

@@ -1,0 +1,53 @@
+"""Lowering of a decode step's attention with what precedes it to one kernel."""
+
+from __future__ import annotations
+
+from llmforge.engine.cuda.state import Lowering
+from llmforge.kernels.attention import Cache, QkvSteps
+from llmforge.kernels.decode_attention import (
+    MAX_BLOCKS,
+    PartScratch,
+    decode_attention,
+    decode_plan,
+    part_size,
+)
+from llmforge.kernels.launch import Operand
+from llmforge.model.graph import Node
+
+
+def fused_attention(
+    low: Lowering,
+    node: Node,
+    matrices: tuple[Operand, Operand, Operand],
+    cache: Cache,
+    steps: QkvSteps,
+) -> bool:
+    """Lower an attention node and what makes its inputs of the `matrices` q, k and v to
+    decode_attention.cu. False, and nothing done, where that is not wanted or does not take it."""
+    q, k, v = matrices
+    shape = q.features // cache.head_dim, cache.kv_heads, cache.head_dim
+    plan = decode_plan(q.dtype, *shape, low.shape.sequences)
+    wanted = low.products.attention == "fused" and low.shape.decode
+    if not wanted or plan is None or node.attrs.get("slopes"):
+        return False
+    partial = low.temporary(
+        f"{node.outputs[0]}.parts", (2 * MAX_BLOCKS, part_size(*shape)), "float32"
+    )
+    # What products count with, and have back at zero.
+    scratch = PartScratch(partial, Operand("scratch.arrived", (1,), "int32", 1))
+    call = decode_attention(
+        low.new(node.outputs[0]),
+        q,
+        k,
+        v,
+        cache,
+        scratch,
+        plan,
+        steps,
+        scale=node.attrs["scale"],
+        window=node.attrs["window"],
+        soft_cap=node.attrs.get("soft_cap"),
+        sinks=low.optional(node.inputs[8]) if node.op == "scored_attention" else None,
+    )
+    low.emit(call, node.outputs[0])
+    return True

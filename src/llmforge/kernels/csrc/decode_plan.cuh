@@ -1,0 +1,141 @@
+// How a grid of blocks divides the keys of a step's sequences, which each block computes for itself:
+// the lengths are known on the GPU only.
+//
+// Keys are counted in units of 16. What is divided is a row of pairs (sequence, kv head), each as
+// long as its sequence has units, rounded up to a multiple of `quantum`; every block takes the next
+// `share` units of the row, a multiple of `quantum` too. A quantum as long as the longest sequence
+// gives every block whole pairs, a k-th of it up to k parts of a pair, and 1 gives all blocks the
+// same number of units, wherever pairs end. Of those the cheapest is taken: a block takes as long as
+// its share is, and joining the parts of a pair has a price.
+//   WINDOW, KV_HEADS, WARPS: as the kernel has them.
+#pragma once
+
+#define UNIT 16
+#define THREADS (WARPS * 32)
+#define CANDIDATES 16
+// In half units, as one block reads them while others read too (0.15 to 0.2 us a unit): writing a part
+// and being the last to join takes about 2.5 us, each further part some 80 ns.
+#define JOIN_COST 32
+#define JOIN_COST_UNEVEN 40
+
+DEVICE int up(int x, int y) { return (x + y - 1) / y; }
+// Units that lie wholly before the window of a sequence's last token.
+DEVICE int skipped(int kv_len) { return WINDOW > 0 ? max(0, kv_len - WINDOW) / UNIT : 0; }
+DEVICE int units_of(int kv_len) { return up(kv_len, UNIT) - skipped(kv_len); }
+
+// x of all lanes, joined by `joined`.
+template <class Joined>
+DEVICE int over_warp(int x, Joined joined) {
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) x = joined(x, __shfl_xor_sync(FULL_WARP, x, offset));
+    return x;
+}
+
+struct Plan {
+    const int* lens;    // of the sequences
+    const int* starts;  // of the sequences, in rounded units of one kv head; their end behind them
+    int share, first;   // units of a block; the sequence in which this block's begin
+};
+
+// A part of one pair: units [begin, end) of a kv head of a sequence, and then `rest` units of the
+// block's share.
+struct Run {
+    int sequence, head, begin, end, rest;
+
+    DEVICE int length(const Plan& plan) const {
+        return plan.starts[sequence + 1] - plan.starts[sequence];
+    }
+    // The pair's place in the row.
+    DEVICE int place(const Plan& plan) const {
+        return plan.starts[sequence] * KV_HEADS + head * length(plan);
+    }
+    // From `begin` on, of `share` units what is this pair's.
+    DEVICE void take(const Plan& plan, int share) {
+        end = min(units_of(plan.lens[sequence]), begin + share);
+        rest = share - (length(plan) - begin);
+    }
+    // The block's next run. False where there is none.
+    DEVICE bool next(const Plan& plan, int sequences) {
+        if (rest <= 0) return false;
+        if (++head == KV_HEADS) head = 0, sequence++;
+        if (sequence == sequences) return false;
+        begin = 0;
+        take(plan, rest);
+        return true;
+    }
+};
+
+// The division of these sequences, `lens` [sequences] and `starts` [sequences + 1] being shared memory
+// to keep it in. For all threads of a block.
+DEVICE Plan make_plan(int* lens, int* starts, const int* kv_lens, int sequences) {
+    __shared__ int longest[WARPS], costs[CANDIDATES], shares[CANDIDATES], ends[WARPS], found;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int most = 0;
+#pragma unroll 1
+    for (int s = threadIdx.x; s < sequences; s += THREADS) {
+        lens[s] = __ldcg(kv_lens + s);
+        most = max(most, units_of(lens[s]));
+    }
+    most = over_warp(most, [](int x, int y) { return max(x, y); });
+    if (lane == 0) longest[warp] = most;
+    __syncthreads();
+    for (int w = 0; w < WARPS; w++) most = max(most, longest[w]);
+    auto quantum_of = [&](int candidate) { return up(most, candidate + 1); };
+#pragma unroll 1
+    for (int c = warp; c < CANDIDATES; c += WARPS) {
+        const bool uneven = c == CANDIDATES - 1;
+        const int quantum = uneven ? 1 : quantum_of(c);
+        int pieces = 0;
+#pragma unroll 1
+        for (int s = lane; s < sequences; s += 32) pieces += up(units_of(lens[s]), quantum);
+        pieces = over_warp(pieces, [](int x, int y) { return x + y; }) * KV_HEADS;
+        const int share = up(pieces, gridDim.x) * quantum, parts = up(most, share);
+        if (lane == 0) {
+            shares[c] = share;
+            costs[c] = 2 * share + (uneven ? JOIN_COST_UNEVEN + parts : c ? JOIN_COST + parts : 0);
+        }
+    }
+    __syncthreads();
+    const int mine = lane < CANDIDATES ? costs[lane] * CANDIDATES + lane : 0x7fffffff;
+    const int best = over_warp(mine, [](int x, int y) { return min(x, y); }) % CANDIDATES;
+    const int quantum = best == CANDIDATES - 1 ? 1 : quantum_of(best);
+    const int place = blockIdx.x * shares[best];
+    int before = 0;
+#pragma unroll 1
+    for (int base = 0; base < sequences; base += THREADS) {
+        const int s = base + threadIdx.x;
+        const int length = s < sequences ? up(units_of(lens[s]), quantum) * quantum : 0;
+        int end = length;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int other = __shfl_up_sync(FULL_WARP, end, offset);
+            if (lane >= offset) end += other;
+        }
+        if (base) __syncthreads();  // `ends` has been read
+        if (lane == 31) ends[warp] = end;
+        __syncthreads();
+        end += before;
+        for (int w = 0; w < WARPS; w++) {
+            if (w < warp) end += ends[w];
+            before += ends[w];
+        }
+        if (s >= sequences) continue;
+        starts[s] = end - length;
+        if (s == sequences - 1) starts[sequences] = end;
+        if ((end - length) * KV_HEADS <= place && place < end * KV_HEADS) found = s;
+    }
+    __syncthreads();
+    return Plan{lens, starts, shares[best], found};
+}
+
+// This block's first run. False where the block has none.
+DEVICE bool first_run(const Plan& plan, int sequences, Run& run) {
+    const int place = blockIdx.x * plan.share;
+    if (place >= plan.starts[sequences] * KV_HEADS) return false;
+    run.sequence = plan.first;
+    const int rest = place - plan.starts[plan.first] * KV_HEADS, length = run.length(plan);
+    run.head = rest / length;
+    run.begin = rest % length;
+    run.take(plan, plan.share);
+    return true;
+}

@@ -1,0 +1,108 @@
+"""The launch of decode_attention.cu: a decode step's attention with all that precedes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmforge.kernels.attention import Cache, QkvSteps
+from llmforge.kernels.launch import (
+    DTYPE_BYTES,
+    Argument,
+    Float,
+    Launch,
+    Operand,
+    Size,
+    require,
+    same_dtype,
+    specialised,
+)
+
+MAX_BLOCKS = 512  # of a grid; two a multiprocessor
+_UNIT = 16  # keys that a warp takes at a time
+_RING_BYTES = 64 << 10  # of a block
+_MAX_STAGES = 4
+_STATIC_BYTES = 48 << 10
+_SHARED_BYTES = 99 << 10  # of a block on the GPUs that have least
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Warps of a block, slots of each one's ring, and the block's dynamic shared memory."""
+
+    warps: int
+    stages: int
+    shared_bytes: int
+
+
+def decode_plan(
+    dtype: str, heads: int, kv_heads: int, head_dim: int, sequences: int
+) -> DecodePlan | None:
+    """The plan for steps of at most so many sequences, or None where the kernel does not take
+    them."""
+    group = heads // kv_heads
+    if dtype == "float32" or head_dim % 8 or group > 16:
+        return None
+    # Long rows fill the registers, many rows the shared memory in which warps join.
+    warps = 4 if head_dim <= 128 and group <= 8 else 2
+    slot = 2 * _UNIT * -(-head_dim // 64) * 64 * DTYPE_BYTES[dtype]
+    stages = min(_RING_BYTES // (warps * slot), _MAX_STAGES)
+    parts = warps * group * (head_dim + 2) * 4
+    static = parts + (group + 2) * head_dim * DTYPE_BYTES[dtype] + warps * head_dim * 4 + 1024
+    dynamic = warps * stages * slot + (2 * sequences + 1) * 4
+    if stages < 2 or static > _STATIC_BYTES or static + dynamic > _SHARED_BYTES:
+        return None
+    return DecodePlan(warps, stages, dynamic)
+
+
+@dataclass(frozen=True)
+class PartScratch:
+    """What blocks that share a sequence's keys need to join their parts: `partial` float32
+    [2 MAX_BLOCKS, part_size], `counters` int32 zeros, MAX_BLOCKS of them."""
+
+    partial: Operand
+    counters: Operand
+
+
+def part_size(heads: int, kv_heads: int, head_dim: int) -> int:
+    """Floats of the part of a sequence and kv head."""
+    return heads // kv_heads * (head_dim + 2)
+
+
+def decode_attention(
+    out: Operand,
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    cache: Cache,
+    scratch: PartScratch,
+    plan: DecodePlan,
+    steps: QkvSteps,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+    sinks: Operand | None = None,
+) -> Launch:
+    """Attention of one new token a sequence, from the rows of q | k | v as attention.qkv takes
+    them; k and v go into the cache. `soft_cap` and `sinks` (one a head) change the scores as
+    scored_attention does."""
+    dtype = same_dtype(out, q, k, v, cache.keys, cache.values, *steps.operands[:3], sinks)
+    heads, kv_heads = q.features // cache.head_dim, cache.kv_heads
+    require(k.features == v.features == kv_heads * cache.head_dim, "decode_attention: k, v, cache")
+    require(out.contiguous and out.features == q.features, "decode_attention: out is as q")
+    floats = part_size(heads, kv_heads, cache.head_dim)
+    require(scratch.partial.features == floats, "decode_attention: parts of another size")
+    spec = specialised(
+        "decode_attention.cu", "decode_attention", dtype,
+        HEADS=heads, GROUP=heads // kv_heads, WINDOW=window or 0, WARPS=plan.warps,
+        STAGES=plan.stages, CAP=int(soft_cap is not None), SINKS=int(sinks is not None),
+        **steps.defines, **cache.defines,
+    )  # fmt: skip
+    arguments: tuple[Argument, ...] = (
+        out, cache.keys, cache.values, q, k, v, *steps.operands, sinks,
+        cache.kv_lens, cache.block_table, scratch.partial, scratch.counters, Size("sequences"),
+        q.row_stride, k.row_stride, v.row_stride, Float(steps.eps), Float(scale),
+        Float(soft_cap or 0.0),
+    )  # fmt: skip
+    grid = (Size("processors", 2, most=MAX_BLOCKS), 1, 1)
+    return Launch(spec, arguments, grid, plan.warps * 32, plan.shared_bytes)
