@@ -16,13 +16,13 @@ from llmforge.kernels.launch import (
 )
 
 Release = Literal["at once", "with x", "with copies"]
-_RELEASES: tuple[Release, ...] = ("at once", "with x", "with copies")
+RELEASES: tuple[Release, ...] = ("at once", "with x", "with copies")
 
 # Of a multiprocessor's 228 KB of shared memory: for the blocks of a product that is alone, two of
 # which do not fit, and for those of one that is not, which fit beside.
-_ALONE_BYTES = 117 << 10
-_SHARED_BYTES = 110 << 10
-_OVERHEAD_BYTES = 2 << 10  # of a block, for its barriers and the system
+ALONE_BYTES = 117 << 10
+SHARED_BYTES = 110 << 10
+OVERHEAD_BYTES = 2 << 10  # of a block, for its barriers and the system
 _LOAD_BYTES = 512  # that a warp loads at once
 _MAX_WARPS = 16
 _MAX_STAGES = 8
@@ -49,7 +49,7 @@ class GemvTuning:
         require(self.piece > 0 and self.piece % _LOAD_BYTES == 0, "gemv: pieces of 512 bytes")
         require(0 < self.stages <= _MAX_STAGES, f"gemv: 1 to {_MAX_STAGES} stages")
         require(self.blocks > 0, "gemv: at least one block a multiprocessor")
-        require(self.release in _RELEASES, f"gemv: release {self.release!r}")
+        require(self.release in RELEASES, f"gemv: release {self.release!r}")
 
 
 DEFAULT_TUNING = GemvTuning()
@@ -69,7 +69,7 @@ def gemv_plan(dtype: str, k: int, tuning: GemvTuning, *, alone: bool = False) ->
     if dtype == "float32" or k % 8:
         return None
     row, slots = 2 * k, tuning.warps * tuning.stages
-    most = (_ALONE_BYTES if alone else _SHARED_BYTES) // tuning.blocks - _OVERHEAD_BYTES
+    most = (ALONE_BYTES if alone else SHARED_BYTES) // tuning.blocks - OVERHEAD_BYTES
     longest = min(tuning.piece, (most - row) // slots // _LOAD_BYTES * _LOAD_BYTES)
     if longest <= 0:
         return None
@@ -110,7 +110,7 @@ def gemv(
         "K": k, "WARPS": tuning.warps, "PIECE": plan.piece, "STAGES": tuning.stages,
         "NORM": int(norm_weight is not None), "BIAS": int(bias is not None),
         "RESIDUAL": int(residual is not None), "GATED": int(gated), "EARLY": int(tuning.early),
-        "EVICT_FIRST": int(tuning.evict_first), "RELEASE": _RELEASES.index(tuning.release),
+        "EVICT_FIRST": int(tuning.evict_first), "RELEASE": RELEASES.index(tuning.release),
     }  # fmt: skip
     if activation is not None:
         defines[f"ACTIVATION_{activation.upper()}"] = 1

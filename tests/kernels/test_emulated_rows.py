@@ -1,0 +1,165 @@
+"""rows_gemm.cu on an emulated GPU beside the ops' plain-torch meaning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_models import LIMITS, MODELS, Driver, RandomWeights, of_dtype
+from emulation.bench import Bench
+from emulation.build import unavailable
+from emulation.device import PROCESSORS
+from emulation.executable import emulated, emulated_gpu
+from op_meanings import check_instructions
+
+from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.target import CudaTarget
+from llmforge.kernels.launch import Launch
+from llmforge.kernels.rows import RowsTuning, rows_gemm, rows_plan
+from llmforge.kernels.stream import StreamScratch, stream_scratch_floats
+from llmforge.model.decoder import trace
+from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
+from llmforge.parallel import Topology
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+EPS = 1e-5
+GUARD = 8  # elements behind the output, which must stay as they are
+TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}  # relative to a row's norm
+SMALL = RowsTuning(warps=4, piece=128, stages=2)
+
+
+def check(
+    rows: int,
+    features: int,
+    k: int,
+    dtype: str = "bfloat16",
+    tuning: RowsTuning = SMALL,
+    *,
+    norm: bool = False,
+    bias: bool = False,
+    residual: bool = False,
+    activation: str | None = None,
+    alone: bool = False,
+    seed: int = 0,
+) -> None:
+    """Compare a product of `rows` rows that gives `features` features of k elements, twice."""
+    torch.manual_seed(features + k + rows + seed)
+    weight_rows = features * (2 if activation else 1)
+    bench = Bench(seed)
+    shapes = {"x": (rows, k), "weight": (weight_rows, k), "norm": (k,), "bias": (weight_rows,)}
+    for name, shape in (shapes | {"residual": (rows, features)}).items():
+        scale = k**-0.5 if name == "weight" else 1.0
+        bench.tensors[name] = (torch.randn(shape) * scale).to(DTYPES[dtype])
+    # Rows of very different size: what of one comes into another shows.
+    bench.tensors["x"] *= 10.0 ** torch.arange(rows).fmod(3).view(-1, 1).to(DTYPES[dtype])
+    memory = torch.full((rows * features + GUARD,), float("nan"), dtype=DTYPES[dtype])
+    bench.tensors["out"] = memory[: rows * features].view(rows, features)
+    plan = rows_plan(dtype, k, tuning, alone=alone)
+    assert plan is not None
+    floats = stream_scratch_floats(weight_rows, plan.split)
+    bench.tensors["partial"] = torch.full((floats + GUARD,), float("nan"))
+    bench.tensors["counters"] = torch.zeros(PROCESSORS, dtype=torch.int32)
+    launch = rows_gemm(
+        bench.operand("out", "tokens"),
+        bench.operand("x", "tokens"),
+        bench.operand("weight"),
+        StreamScratch(bench.operand("partial"), bench.operand("counters")),
+        tuning,
+        bias=bench.operand("bias") if bias else None,
+        residual=bench.operand("residual", "tokens") if residual else None,
+        norm_weight=bench.operand("norm") if norm else None,
+        eps=EPS,
+        activation=activation,
+        alone=alone,
+    )
+    want = meaning(bench.tensors, norm, bias, residual, activation).float()
+    for _ in range(2):  # the second finds what the first has left
+        bench.tensors["out"].fill_(float("nan"))
+        bench.run(launch, tokens=rows)
+        errors = (bench.tensors["out"].float() - want).norm(dim=1) / want.norm(dim=1)
+        assert (errors <= TOLERANCE[dtype]).all(), errors
+    assert memory[rows * features :].isnan().all(), "wrote behind its output"
+    assert bench.tensors["partial"][floats:].isnan().all(), "wrote behind its scratch"
+
+
+def meaning(
+    tensors: dict[str, torch.Tensor], norm: bool, bias: bool, residual: bool, activation: str | None
+) -> torch.Tensor:
+    """What is meant, the sums in float32."""
+    x, dtype = tensors["x"], tensors["x"].dtype
+    if norm:
+        (x,) = REFERENCE["rms_norm"]([x, tensors["norm"]], {"eps": EPS}, LOCAL)
+    sums = x.float() @ tensors["weight"].float().T
+    product = (sums + tensors["bias"].float() if bias else sums).to(dtype)
+    if activation:
+        attrs = {"activation": activation}
+        (product,) = REFERENCE["gated_activation"](list(product.chunk(2, -1)), attrs, LOCAL)
+    return product + tensors["residual"] if residual else product
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8])
+@pytest.mark.parametrize(
+    "fused",
+    [
+        {},
+        {"residual": True},
+        {"bias": True, "residual": True, "norm": True},
+        {"activation": "silu", "norm": True},
+        {"activation": "gelu_tanh", "bias": True},
+    ],
+    ids=str,
+)
+def test_what_is_fused(fused: dict[str, bool], rows: int, dtype: str) -> None:
+    check(rows, 37, 768, dtype, **fused)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "features",
+    [
+        1,
+        PROCESSORS - 1,  # blocks that compute nothing
+        PROCESSORS * 8,
+        PROCESSORS * 8 - 1,
+        PROCESSORS * 16 + 1,  # whole rounds, and one feature more
+        PROCESSORS * 24 + 5 * PROCESSORS,
+    ],
+)
+def test_features_are_dealt_to_blocks(features: int, gated: bool) -> None:
+    activation = "silu" if gated else None
+    for seed in range(2):
+        check(5, features, 256, norm=True, activation=activation, seed=seed)
+        check(8, features, 256, bias=True, activation=activation, residual=not gated, seed=seed)
+
+
+@pytest.mark.parametrize("k", [256, 512, 1280, 1792, 4096])
+def test_warps_share_k(k: int) -> None:
+    check(3, 20, k, norm=True)
+    check(8, 20, k, tuning=RowsTuning(warps=4, piece=384, stages=3), residual=True)
+
+
+@pytest.mark.parametrize("k", [8192, 14336])
+@pytest.mark.parametrize("features", [3, 33, PROCESSORS * 8 + 5])
+def test_blocks_share_k(features: int, k: int) -> None:
+    check(3, features, k, tuning=RowsTuning(), residual=True, bias=True)
+    check(8, features, k, "float16", tuning=RowsTuning(), activation="silu", bias=True, seed=1)
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        RowsTuning(),
+        RowsTuning(piece=128, stages=1),
+        RowsTuning(piece=256, stages=6),
+        RowsTuning(piece=1024),
+        RowsTuning(warps=4, piece=1024),
+        RowsTuning(early=False),
+        RowsTuning(release="with x"),
+        RowsTuning(release="with copies", evict_first=False),
+    ],
+    ids=str,
+)
+def test_tunings(tuning: RowsTuning) -> None:
+    check(8, 50, 2560, tuning=tuning, norm=True, activation="silu")
+    check(2, 50, 2560, tuning=tuning, bias=True, residual=True, alone=True)
