@@ -163,3 +163,26 @@ def test_blocks_share_k(features: int, k: int) -> None:
 def test_tunings(tuning: RowsTuning) -> None:
     check(8, 50, 2560, tuning=tuning, norm=True, activation="silu")
     check(2, 50, 2560, tuning=tuning, bias=True, residual=True, alone=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rows", "warps"),
+    [
+        ("wide-biases", "bfloat16", 3, 4),
+        pytest.param("wide-biases", "float16", 2, 8, marks=pytest.mark.slow),
+        pytest.param("wide", "bfloat16", 4, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_every_instruction_of_a_step_of_few_tokens(
+    name: str, dtype: str, rows: int, warps: int
+) -> None:
+    config = of_dtype(MODELS[name], dtype)
+    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+    weights = RandomWeights(config, seed=5)
+    with emulated_gpu():
+        products = Products(few_rows="rows_gemm", rows=RowsTuning(warps=warps))
+        cuda = emulated(graph, weights, LIMITS, products=products)
+        batch = Driver(LIMITS, config.vocab_size, 3, (1,) * rows).batch([1] * rows)
+        calls = [i.call for i in cuda.instructions(batch)]
+        assert any(isinstance(c, Launch) and c.kernel.entry == "rows_gemm" for c in calls)
+        check_instructions(cuda, graph, weights, batch, LOCAL, dtype)

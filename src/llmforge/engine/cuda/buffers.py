@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from llmforge.engine.cuda.program import Program
-from llmforge.engine.cuda.state import MAX_SPLITS
+from llmforge.engine.cuda.state import MAX_SPLITS, SUMS
 from llmforge.engine.device_sampling import PARAMS, check_drawn, fill_params
 from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits, StepBatch
 from llmforge.kernels.attention import split_scratch_sizes
 from llmforge.kernels.collectives import PARTS
-from llmforge.kernels.launch import Operand
-from llmforge.kernels.stream import stream_plan, stream_scratch_floats
+from llmforge.kernels.launch import Launch, Operand
 from llmforge.model.graph import Graph
 from llmforge.model.reference import DTYPES
 
@@ -88,7 +87,7 @@ class Memory:
         shapes = {
             "scratch.partial": (partial, torch.float32),
             "scratch.counters": (counters, torch.int32),
-            "scratch.sums": (_stream_scratch(graph), torch.float32),
+            SUMS: (_sums(all_programs), torch.float32),
             # One a group of blocks that share a product; there is at most one block a processor.
             "scratch.arrived": (1024, torch.int32),
             "sample.tokens": (2 * batch, torch.int32),
@@ -155,15 +154,9 @@ def _split_scratch(graph: Graph, all_programs: list[Program]) -> tuple[int, int]
     return partial, counters
 
 
-def _stream_scratch(graph: Graph) -> int:
-    """Elements of the scratch for products that several blocks share."""
-    most = 1
-    for node in graph.nodes:
-        if node.op == "linear":
-            weight = graph.tensors[node.inputs[1]]
-            features, k = weight.shape
-            assert isinstance(features, int) and isinstance(k, int)
-            plan = stream_plan(weight.dtype, k)
-            if plan and plan.split > 1:
-                most = max(most, stream_scratch_floats(features, plan.split))
-    return most
+def _sums(all_programs: list[Program]) -> int:
+    """Elements of the scratch for products that several blocks share, for the largest of them."""
+    calls = [i.call for program in all_programs for i in program.instructions]
+    operands = [o for call in calls if isinstance(call, Launch) for o in call.arguments]
+    used = [o.features for o in operands if isinstance(o, Operand) and o.buffer == SUMS]
+    return max(used, default=0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from llmforge.engine.cuda.program import Matmul
-from llmforge.engine.cuda.state import MAX_SPLITS, DeferredNorm, Lowering, ProductKernel
+from llmforge.engine.cuda.state import MAX_SPLITS, SUMS, DeferredNorm, Lowering, ProductKernel
 from llmforge.kernels import attention, stream
 from llmforge.kernels import launch as kernels
 from llmforge.kernels.attention import Cache, SplitScratch
 from llmforge.kernels.gemv import gemv, gemv_plan
-from llmforge.kernels.launch import Operand
+from llmforge.kernels.launch import Launch, Operand
+from llmforge.kernels.rows import rows_gemm, rows_plan
 from llmforge.model.graph import Node
 
 _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
@@ -18,17 +20,13 @@ _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
 
 def kernel_of(low: Lowering, node: Node) -> ProductKernel:
     """What computes a linear node in this program."""
-    weight = low.operand(node.inputs[1])
-    if not low.shape.decode or not low.shape.bulk_copies:
-        return "torch"
-    wanted: ProductKernel = "stream_gemm"
-    if low.shape.tokens == 1:
-        wanted = low.products.one_row
-    elif low.shape.tokens > low.stream_rows:
-        wanted = "torch"
-    if wanted == "gemv" and gemv_plan(weight.dtype, weight.features, low.products.gemv) is None:
+    weight, wanted = low.operand(node.inputs[1]), low.product_kernel()
+    dtype, k = weight.dtype, weight.features
+    if wanted == "gemv" and gemv_plan(dtype, k, low.products.gemv) is None:
         wanted = "stream_gemm"
-    if wanted == "stream_gemm" and stream.stream_plan(weight.dtype, weight.features) is None:
+    if wanted == "rows_gemm" and rows_plan(dtype, k, low.products.rows) is None:
+        wanted = "stream_gemm"
+    if wanted == "stream_gemm" and stream.stream_plan(dtype, k) is None:
         wanted = "torch"
     return wanted
 
@@ -43,10 +41,18 @@ def _norms(low: Lowering, node: Node) -> bool:
     if node.op != "linear":
         return False
     kernel, weight = kernel_of(low, node), low.operand(node.inputs[1])
-    if kernel == "stream_gemm":
-        plan = stream.stream_plan(weight.dtype, weight.features)
-        return plan is not None and plan.split == 1
-    return kernel == "gemv"
+    return kernel == "gemv" or (kernel != "torch" and _split(low, kernel, weight) == 1)
+
+
+def _split(low: Lowering, kernel: ProductKernel, weight: Operand) -> int:
+    """How many blocks share each row of weights, in a kernel that takes these."""
+    if kernel == "rows_gemm":
+        rows = rows_plan(weight.dtype, weight.features, low.products.rows)
+        assert rows is not None
+        return rows.split
+    plan = stream.stream_plan(weight.dtype, weight.features)
+    assert plan is not None
+    return plan.split
 
 
 def product(
@@ -69,14 +75,7 @@ def product(
         return
     norm = low.deferred.get(x_name)
     x = norm.x if norm else low.operand(x_name)
-    if kernel == "gemv":
-        launch = partial(gemv, out, x, weight, low.products.gemv)
-    else:
-        sums = Operand("scratch.sums", (1,), "float32", 1)
-        arrived = Operand("scratch.arrived", (1,), "int32", 1)
-        scratch = stream.StreamScratch(sums, arrived)
-        launch = partial(stream.stream_gemm, out, x, weight, scratch)
-    call = launch(
+    call = _launch_of(low, kernel, out, x, weight)(
         bias=bias,
         residual=residual,
         norm_weight=norm.weight if norm else None,
@@ -86,6 +85,22 @@ def product(
     )
     low.streamed += 1
     low.emit(call, *computed)
+
+
+def _launch_of(
+    low: Lowering, kernel: ProductKernel, out: Operand, x: Operand, weight: Operand
+) -> Callable[..., Launch]:
+    """The launch of one of our kernels, but for what is fused into it."""
+    if kernel == "gemv":
+        return partial(gemv, out, x, weight, low.products.gemv)
+    features, split = weight.shape[0], _split(low, kernel, weight)
+    assert isinstance(features, int)
+    floats = stream.stream_scratch_floats(features, split) if split > 1 else 1
+    sums = Operand(SUMS, (floats,), "float32", floats)
+    scratch = stream.StreamScratch(sums, Operand("scratch.arrived", (1,), "int32", 1))
+    if kernel == "rows_gemm":
+        return partial(rows_gemm, out, x, weight, scratch, low.products.rows)
+    return partial(stream.stream_gemm, out, x, weight, scratch)
 
 
 def norm(low: Lowering, name: str, x: Operand, weight: Operand, eps: float) -> None:

@@ -20,26 +20,31 @@ from llmforge.kernels import stream
 from llmforge.kernels.attention import Cache
 from llmforge.kernels.gemv import DEFAULT_TUNING, GemvTuning
 from llmforge.kernels.launch import Dim, Operand
+from llmforge.kernels.rows import DEFAULT_ROWS, RowsTuning
 from llmforge.model.graph import Graph, Node
 
 # Blocks a sequence's keys are divided among at most: enough to fill a large GPU from one sequence.
 MAX_SPLITS = 32
+SUMS = "scratch.sums"  # the buffer of products that several blocks share
 _NARROW = 2048  # features
 
-ProductKernel = Literal["stream_gemm", "gemv", "torch"]
+ProductKernel = Literal["stream_gemm", "gemv", "rows_gemm", "torch"]
 AttentionKernel = Literal["separate", "fused"]
 
 
 @dataclass(frozen=True)
 class Products:
-    """What computes the products of a step of one token where the GPU has bulk copies: gemv.cu
-    leaves the shapes that it does not take to stream_gemm.cu, and that to torch. And what follows
-    the product of q, k and v in decode steps: qkv.cu and the kernels of attention ("separate"), or
+    """What computes the products of decode steps of one token, and of 2 to 8 (None: what was
+    fastest at the model's width), where the GPU has bulk copies: gemv.cu and rows_gemm.cu leave the
+    shapes that they do not take to stream_gemm.cu, and that to torch. And what follows the product
+    of q, k and v in decode steps: qkv.cu and the kernels of attention ("separate"), or
     decode_attention.cu ("fused"), which leaves what it does not take to those."""
 
-    one_row: ProductKernel = "stream_gemm"
+    one_row: Literal["stream_gemm", "gemv", "torch"] = "stream_gemm"
     gemv: GemvTuning = DEFAULT_TUNING
     attention: AttentionKernel = "separate"
+    few_rows: Literal["stream_gemm", "rows_gemm", "torch"] | None = None
+    rows: RowsTuning = DEFAULT_ROWS
 
 
 MEASURED = Products()
@@ -69,7 +74,7 @@ class Lowering:
         self.operands: dict[str, Operand] = {}
         self.constants: dict[str, tuple[float, ...]] = {}
         self.deferred: dict[str, DeferredNorm] = {}
-        self.streamed = 0  # products by stream_gemm.cu and gemv.cu so far
+        self.streamed = 0  # products by stream_gemm.cu, gemv.cu and rows_gemm.cu so far
         self.group_slot = self.mail_slot = 0  # as Program has them
         self._instructions: list[Instruction] = []
         self._buffers: dict[str, int] = {}
@@ -82,10 +87,6 @@ class Lowering:
             self.operands[tensor.name] = self._whole(f"step.{tensor.name}", tensor.name)
         for tensor in (*graph.states, *graph.parameters):
             self.operands[tensor.name] = self._whole(tensor.name, tensor.name)
-        # Measured on an H200 (benchmarks/notes.md): for wider models the library is faster from
-        # two rows on.
-        narrow = self._widest_norm() <= _NARROW
-        self.stream_rows = stream.STREAM_ROWS if narrow else 1
 
     def finish(self) -> Program:
         """The program of what was emitted."""
@@ -122,6 +123,18 @@ class Lowering:
         operand = Operand(f"arena.{name}", shape, dtype, stride)
         self._buffers[operand.buffer] = buffer_bytes(shape, dtype, self._sizes)
         return operand
+
+    def product_kernel(self) -> ProductKernel:
+        """What is to compute the products of this program, where it takes their shapes."""
+        tokens = self.shape.tokens
+        if not self.shape.decode or not self.shape.bulk_copies or tokens > stream.STREAM_ROWS:
+            return "torch"
+        if tokens == 1:
+            return self.products.one_row
+        if self.products.few_rows:
+            return self.products.few_rows
+        # Measured on an H200 (benchmarks/notes.md): for wider models the library is faster.
+        return "stream_gemm" if self._widest_norm() <= _NARROW else "torch"
 
     def optional(self, name: str) -> Operand | None:
         """The operand of an optional input: None where it is absent."""
