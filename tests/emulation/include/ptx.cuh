@@ -29,6 +29,14 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     }
     emulation::leave(meeting);
 }
+
+DEVICE u32 multiply_pairs(u32 a, u32 b) {
+    T left[2], right[2];
+    memcpy(left, &a, sizeof a), memcpy(right, &b, sizeof b);
+    for (int i = 0; i < 2; i++) left[i] = from_float(to_float(left[i]) * to_float(right[i]));
+    memcpy(&a, left, sizeof a);
+    return a;
+}
 #endif
 
 // Other ranks are other threads of the process.

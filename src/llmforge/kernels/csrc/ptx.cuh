@@ -29,6 +29,13 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// The products of two pairs of T, rounded to T (bfloat16: from compute capability 9.0).
+DEVICE u32 multiply_pairs(u32 a, u32 b) {
+    u32 products;
+    asm("mul.rn." MMA_TYPE "x2 %0, %1, %2;" : "=r"(products) : "r"(a), "r"(b));
+    return products;
+}
 #endif
 
 // -- memory between ranks -------------------------------------------------------------------------

@@ -10,8 +10,8 @@
 //   NORM: x is RMSNorm(x) norm_weight, computed on the way in (SPLIT must be 1). BIAS. RESIDUAL: added
 //   to the rounded product. GATED: the weights are those of gate | up, out = activation(gate) up.
 //   EARLY, EVICT_FIRST, RELEASE: as in gemv.cu.
-// x [rows, K]; weight [features, K]; out and residual have row stride out_stride. partial: [SPLIT, 8,
-// features] float32; counters: one int a group of SPLIT blocks, zero before and after. Grid: any number
+// x [rows, K]; weight [features, K]; out and residual have row stride out_stride. partial: [SPLIT,
+// features, 8] float32; counters: one int a group of SPLIT blocks, zero before and after. Grid: any number
 // of blocks from SPLIT on; one a multiprocessor fills it.
 #include "common.cuh"
 #include "activation.cuh"
@@ -26,18 +26,18 @@
 // 128 of row lane / 4, from 32 (lane % 4) on, those of 8 neighbouring lanes fall into different banks.
 #define PITCH (PIECE + 16)
 #define SLOT (8 * PITCH)
-#define OUTPUTS 64  // of a tile: 8 features of 8 rows
+#define OUTPUTS 64  // of 8 rows of weights, by 8 rows of x
 
 // Which output features a group of blocks computes, in rounds: 8 in each, dealt to the groups in turn,
 // and in the last what is then left, in parts as equal as can be.
 struct Share {
     int groups, group, whole, last_first, last_count;
 
-    DEVICE Share(int features, int groups, int group) : groups(groups), group(group) {
-        whole = groups ? features / (8 * groups) : 0;
-        const int dealt = whole * 8 * groups, left = features - dealt;
-        last_first = groups ? dealt + left * group / groups : 0;
-        last_count = groups ? dealt + left * (group + 1) / groups - last_first : 0;
+    DEVICE Share(u32 features, u32 groups, u32 group) : groups(groups), group(group) {
+        whole = features / (8 * groups);
+        const u32 dealt = whole * 8 * groups, left = features - dealt;
+        last_first = dealt + left * group / groups;
+        last_count = dealt + left * (group + 1) / groups - last_first;
     }
     DEVICE int rounds() const { return whole + (last_count > 0); }
     DEVICE int first(int round) const {
@@ -119,12 +119,19 @@ DEVICE void multiply_packs(float (&even)[4], float (&odd)[4], uint4 a, uint4 x) 
 }
 
 #if NORM
+// As `normed` of common.cuh, in less code and with conversions of pairs, of which a multiprocessor does
+// more in a cycle. Out of line, once for all.
+__noinline__ __device__ uint4 normed_by(uint4 x, const T* weights, float scale) {
+    const uint4 w = *(const uint4*)weights;
+    auto pair = [scale](u32 value, u32 weight) {
+        return multiply_pairs(packed(low_half(value) * scale, high_half(value) * scale), weight);
+    };
+    return make_uint4(pair(x.x, w.x), pair(x.y, w.y), pair(x.z, w.z), pair(x.w, w.w));
+}
+
 // x after RMSNorm. The squares' sums are the diagonal of x xᵀ, which the tensor cores give in little
 // code: the first pass through a kernel's code costs the more time the longer it is. `weights`: those
 // of this warp's elements.
-__noinline__ __device__ uint4 normed_by(uint4 x, const T* weights, float scale) {
-    return normed(x, *(const uint4*)weights, scale);
-}
 DEVICE void norm_x(uint4 (&x)[PACKS], const T* weights, float eps) {
     __shared__ float sums[WARPS][8];
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -165,29 +172,24 @@ struct Output {
     const T* bias;
     const T* residual;
     int features, stride;
-    // What is added to an output's sums.
+    // What is added to an output's sums. (Not as floats: whoever loads them does not wait for them.)
     struct Terms {
-        float bias, up_bias, residual;
+        T bias, up_bias, residual;
     };
 
     DEVICE Terms terms(int row, int feature) const {
-        Terms terms = {};
-#if BIAS
-        terms.bias = to_float(bias[feature]);
-        if (GATED) terms.up_bias = to_float(bias[features + feature]);
-#endif
-#if RESIDUAL
-        terms.residual = to_float(residual[(size_t)row * stride + feature]);
-#endif
+        Terms terms;
+        if (BIAS) terms.bias = bias[feature];
+        if (BIAS && GATED) terms.up_bias = bias[features + feature];
+        if (RESIDUAL) terms.residual = residual[(size_t)row * stride + feature];
         return terms;
     }
     DEVICE void store(int row, int feature, float sum, float up, Terms terms) const {
-        sum += terms.bias;
-#if GATED
-        const float value = rounded(activation(rounded(sum))) * rounded(up + terms.up_bias);
-#else
-        const float value = RESIDUAL ? rounded(sum) + terms.residual : sum;
-#endif
+        if (BIAS) sum += to_float(terms.bias);
+        if (BIAS && GATED) up += to_float(terms.up_bias);
+        float value = sum;
+        if (GATED) value = rounded(activation(rounded(sum))) * rounded(up);
+        if (RESIDUAL) value = rounded(sum) + to_float(terms.residual);
         out[(size_t)row * stride + feature] = from_float(value);
     }
 };
@@ -206,17 +208,29 @@ DEVICE void add_parts(const Share& share, const Output& output, const float* par
     __syncthreads();
     if (arrived != SPLIT - 1) return;
     __threadfence();
-#pragma unroll 4
-    for (int i = threadIdx.x; i < share.rounds() * OUTPUTS; i += THREADS) {
-        const int round = i / OUTPUTS, row = i % OUTPUTS / 8;
-        if (row >= rows || i % 8 >= share.count(round)) continue;
-        const int feature = share.first(round) + i % 8;
-        float sums[HALVES] = {};
+    // 4 rows of a feature at a time.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < share.rounds() * (OUTPUTS / 4); i += THREADS) {
+        const int round = i / (OUTPUTS / 4), within = i / 2 % 8, first_row = i % 2 * 4;
+        if (within >= share.count(round)) continue;
+        const int feature = share.first(round) + within;
+        float sums[HALVES][4] = {};
 #pragma unroll
-        for (int p = 0; p < SPLIT * HALVES; p++)
-            sums[p % HALVES] +=
-                __ldcg(partial + (size_t)(p * 8 + row) * output.features + feature);
-        output.store(row, feature, sums[0], sums[HALVES - 1], output.terms(row, feature));
+        for (int p = 0; p < SPLIT * HALVES; p++) {
+            const size_t at = ((size_t)p * output.features + feature) * 8 + first_row;
+            const float4 part = __ldcg((const float4*)(partial + at));
+            const float values[4] = {part.x, part.y, part.z, part.w};
+#pragma unroll
+            for (int r = 0; r < 4; r++) sums[p % HALVES][r] += values[r];
+        }
+        Output::Terms terms[4];
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            if (first_row + r < rows) terms[r] = output.terms(first_row + r, feature);
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            if (first_row + r < rows)
+                output.store(first_row + r, feature, sums[0][r], sums[HALVES - 1][r], terms[r]);
     }
 }
 #endif
@@ -249,8 +263,10 @@ rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
     char* const areas = shared + WARPS * STAGES * SLOT;
 #if NORM
     uint4* const norm_weights = (uint4*)(areas + warp * AREA);
-    for (int i = lane; i < SLICE / 8; i += 32)
-        norm_weights[i] = __ldg((const uint4*)(norm_weight + first) + i);
+#pragma unroll
+    for (int i = 0; i < SLICE / 8; i += 32)
+        if (i + lane < SLICE / 8)
+            norm_weights[i + lane] = __ldg((const uint4*)(norm_weight + first) + i + lane);
     __syncwarp();
 #endif
     wait_for_previous();
@@ -267,12 +283,12 @@ rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
     let_next_start();
 #endif
     const Output output{out, bias, residual, units, out_stride};
-    const int row = threadIdx.x / 8;
+    const int row = threadIdx.x % 8, within = threadIdx.x / 8;
     int buffer = 0;
     for (int round = 0; round < share.rounds(); round++) {
-        const int feature = share.first(round) + threadIdx.x % 8;
-        const bool stores = row < rows && threadIdx.x % 8 < share.count(round);
-        Output::Terms terms = {};
+        const int feature = share.first(round) + within;
+        const bool stores = row < rows && within < share.count(round);
+        Output::Terms terms;
         if (SPLIT == 1 && stores) terms = output.terms(row, feature);  // long before it is used
 #pragma unroll 1
         for (int half = 0; half < HALVES; half++)
@@ -286,12 +302,12 @@ rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
                 const float* of_warp = (const float*)(areas + w * AREA) + buffer * HALVES * OUTPUTS;
 #pragma unroll
                 for (int half = 0; half < HALVES; half++)
-                    sums[half] += of_warp[half * OUTPUTS + threadIdx.x % 8 * 8 + row];
+                    sums[half] += of_warp[half * OUTPUTS + threadIdx.x];
             }
 #if SPLIT > 1
 #pragma unroll
             for (int half = 0; half < HALVES; half++)
-                __stcg(partial + (size_t)((part * HALVES + half) * 8 + row) * units + feature,
+                __stcg(partial + ((size_t)(part * HALVES + half) * units + feature) * 8 + row,
                        sums[half]);
 #else
             output.store(row, feature, sums[0], sums[HALVES - 1], terms);
