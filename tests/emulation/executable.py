@@ -110,7 +110,12 @@ def emulated(
     libraries(list(specs.values()), arch)
     joined = ranks.Ranks(comm or LocalComm(), topology or Topology(), torch.device("cpu"))
     modules: Any = _Modules(specs, arch, seed)
-    return executable.CudaExecutable(graph, tensors, modules, arch, limits, joined, products)
+    made = executable.CudaExecutable(graph, tensors, modules, arch, limits, joined, products)
+    # Not the caches: what earlier steps wrote there may be read at once.
+    scratch = [t for name, t in made.memory.tensors.items() if name.startswith("scratch.")]
+    modules.device.hide([made.memory.arena, *scratch])
+    modules.device.watch(made.memory.arena)
+    return made
 
 
 def _tensor(array: Any, dtype: str) -> torch.Tensor:
