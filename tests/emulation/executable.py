@@ -67,8 +67,8 @@ def _capture(runner: Any) -> None:
 
 @contextlib.contextmanager
 def emulated_gpu(arch: str = "sm_90") -> Iterator[None]:
-    """Within it, executables run on emulated GPUs, and torch on one thread: its products are tiny, and
-    others that test at the same time want their processors."""
+    """Within it, executables run on emulated GPUs, and torch on one thread: its products are tiny,
+    and others that test at the same time want their processors."""
     fake, threads = _Torch(arch), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         for module in (executable, buffers):
