@@ -8,8 +8,9 @@
 // The grid is as large as the GPU, whatever the step: decode_plan.cuh divides the keys. A warp takes
 // every WARPS-th unit of 16 keys, through a ring of its own that runs ahead of the arithmetic, over
 // the ends of pairs, and of the kernel: only the new token's key and value are not in the cache while
-// the kernel before still runs. Rings are filled by copies of 16 bytes a lane: rows of a kv head
-// are of a few hundred bytes, and bulk copies of such a size leave one lane after another.
+// the kernel before still runs. Blocks that have no keys end without waiting for it: others do.
+// Rings are filled by copies of 16 bytes a lane: a row of a kv head has a few hundred bytes, and the
+// lanes of a warp issue bulk copies of that size one after another.
 //
 // 4.4 TB/s at about 1 us from request to arrival are 4.4 MB under way, 33 KB a multiprocessor; two
 // blocks with rings of 64 KB have between half of 128 KB and all of it under way.
