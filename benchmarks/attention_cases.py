@@ -69,6 +69,7 @@ CASES = (
     Case((400, 7), sinks=True, kv_heads=1),
     Case(RAGGED, head_dim=48, rope_dim=0, block_size=20),
     Case(RAGGED, head_dim=8, group=2, block_size=8),
+    Case(RAGGED, head_dim=128, kv_heads=8, bias=True, norm=True, block_size=32),
 )
 
 
@@ -154,7 +155,8 @@ def launches(case: Case, tensors: Tensors, *, fused: bool) -> list[Launch]:
         "sinks": operand("sinks") if case.sinks else None,
     }
     if fused:
-        plan = decode_plan(case.dtype, case.heads, case.kv_heads, case.head_dim, len(case.lens))
+        shape = case.heads, case.kv_heads, case.head_dim, case.angles
+        plan = decode_plan(case.dtype, *shape, len(case.lens))
         assert plan is not None, case
         scratch = PartScratch(operand("partial"), counters)
         return [decode_attention(out, *inputs, cache, scratch, plan, steps, **options)]

@@ -86,12 +86,17 @@ def test_steps_of_more_sequences_than_a_block_has_threads() -> None:
 
 
 def test_which_shapes_are_taken() -> None:
-    plans = [decode_plan("bfloat16", 8 * g, 8, d, 256) for g, d in ((4, 128), (4, 64), (16, 128))]
+    plans = [
+        decode_plan("bfloat16", 8 * g, 8, d, d, 256) for g, d in ((4, 128), (4, 64), (16, 128))
+    ]
     assert [(p.warps, p.stages) for p in plans if p] == [(4, 2), (4, 4), (2, 4)]
-    assert decode_plan("float32", 32, 8, 128, 1) is None
-    assert decode_plan("bfloat16", 32, 8, 132, 1) is None
-    assert decode_plan("bfloat16", 34, 2, 64, 1) is None
-    assert decode_plan("bfloat16", 32, 2, 256, 1) is None, "joining 16 rows of 256 takes too much"
+    assert decode_plan("float32", 32, 8, 128, 128, 1) is None
+    assert decode_plan("bfloat16", 32, 8, 132, 132, 1) is None
+    assert decode_plan("bfloat16", 32, 8, 64, 30, 1) is None, "angles are loaded four at once"
+    assert decode_plan("bfloat16", 34, 2, 64, 64, 1) is None
+    assert decode_plan("bfloat16", 32, 2, 256, 256, 1) is None, (
+        "joining 16 rows of 256 takes too much"
+    )
 
 
 @pytest.mark.parametrize(
