@@ -12,12 +12,13 @@ A settings file in full:
     bench: {batch_size: [1, 8]}
 
 Every key may be left out. Relative paths are relative to the current directory, as on the
-command line, not to the file.
+command line, not to the file; a path may start with ~, the user's home.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
@@ -148,7 +149,7 @@ def _model(value: Any) -> dict[str, Any]:
 def _text(value: Any, where: str) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise SettingsError(f"{where} must be text, not {_shown(value)}")
-    return value
+    return value and os.path.expanduser(value)
 
 
 def _check_keys(given: Mapping[Any, Any], known: Iterable[str], prefix: str) -> None:
@@ -188,6 +189,8 @@ def _check_one(known: Field[Any], kind: Kind, value: Any, where: str) -> Any:
         below = high is None or value <= high
         if not (above and below and math.isfinite(value)):
             raise SettingsError(wanted)
+    if isinstance(value, str) and (rules["metavar"] or "").startswith("FILE"):
+        return os.path.expanduser(value)  # as a shell does in most places
     return value
 
 

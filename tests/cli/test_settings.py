@@ -58,6 +58,18 @@ def test_everything_may_be_left_out(tmp_path: Path, text: str) -> None:
     assert merge(BuildSettings, project.sections.get("build", {})) == BuildSettings()
 
 
+def test_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = (
+        "{model: ~/m, workdir: ~/w, build: {timing_cache: ~/t}, run: {prompt: ~/p, prompts: ~/f}}"
+    )
+    project = load_yaml(write(tmp_path, text))
+    assert (project.model, project.workdir) == ("/home/me/m", "/home/me/w")
+    assert project.sections["build"]["timing_cache"] == "/home/me/t"
+    assert merge(RunSettings, project.sections["run"]).prompts == "/home/me/f"
+    assert project.sections["run"]["prompt"] == ("~/p",), "a text, no path"
+
+
 def test_random_weights(tmp_path: Path) -> None:
     text = "model: {from_config: c.json, random_weights: true, seed: 3}"
     project = load_yaml(write(tmp_path, text))

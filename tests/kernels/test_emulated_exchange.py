@@ -3,16 +3,19 @@ regions and wait for each other within the kernels."""
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
 from emulation.bench import Bench
 from emulation.build import unavailable
 from emulation.device import EmulatedMemory
-from exchange_rounds import one_round, random_round
+from exchange_rounds import one_round, random_round, whole
 from thread_comm import run_ranks
 
 from llmforge.comm import Comm
+from llmforge.kernels import collectives
 from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, TENSOR_RANK, Collective
 from llmforge.kernels.exchange import Peers, SharedRegions, slot_units
 
@@ -47,7 +50,7 @@ ROUNDS = (  # kind, dtype, features, the most rows, rows
     ("gather", "float16", 64, 4, 3),
     ("message", "bfloat16", 2048, 40, 33),
     ("reduce", "bfloat16", 4096, 80, 70),  # from three ranks on they share the work
-    ("norm", "float16", 2048, 150, 9),
+    ("norm", "float16", 2048, 150, 130),  # more rows than blocks
 )
 
 
@@ -61,6 +64,29 @@ def test_exchanges(ranks):
         bench.regions.close()
 
     run_ranks(ranks, work)
+
+
+def test_a_sender_waits_for_a_receiver_that_is_slow():
+    """A mailbox has room for two messages; the others must not overwrite them."""
+    rows, count = 5, 6
+    sent = [torch.full((rows, 64), float(number)) for number in range(count)]
+
+    def work(comm: Comm) -> list[float]:
+        bench = RankBench(comm, 1 << 20)
+        received = []
+        for number in range(count):
+            bench.tensors["x"] = sent[number].clone() if comm.rank == 0 else torch.zeros(rows, 64)
+            operand = whole("x", "tokens", 64, dtype="float32")
+            if comm.rank == 0:
+                bench.run(collectives.send(operand, rows), rows)
+            else:
+                time.sleep(0.1)
+                bench.run(collectives.receive(operand, rows), rows)
+                received.append(float(bench.tensors["x"].unique()))
+        bench.regions.close()
+        return received
+
+    assert run_ranks(2, work)[1] == [float(number) for number in range(count)]
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ def emulated_rank(config, seed, topology=None, comm=None, arch="sm_90"):
 
 
 QUICK = (
+    ("dynamic-rope", "float32", "1"),
     ("all-biases", "float32", "2"),
     ("wide", "bfloat16", "2"),
     ("llama-tied", "float32", "1,2"),
@@ -63,6 +64,7 @@ CASES = [
     # Experts are chosen anew after every rounding, so in two-byte types logits may differ by more.
     if dtype == "float32" or MODELS[name].moe is None
 ]  # fmt: skip
+CASES += [("dynamic-rope", "float32", "1"), ("longrope", "float32", "1")]
 CASES += [("experts-shared", "float32", "2,1,2"), ("latents", "float32", "2,1,2")]
 
 

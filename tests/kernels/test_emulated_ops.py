@@ -22,7 +22,8 @@ QUICK = (
     ("llama", "float32"),
     ("wide", "bfloat16"),
     ("norms-over-heads", "float32"),
-    ("experts-odd", "float32"),
+    ("latents", "float32"),
+    ("sinks-and-limited-experts", "bfloat16"),
 )
 CASES = [
     pytest.param(name, dtype, marks=() if (name, dtype) in QUICK else pytest.mark.slow)

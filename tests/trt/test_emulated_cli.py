@@ -123,6 +123,18 @@ def test_a_timing_cache_is_kept_and_a_broken_one_counts_as_none(
     assert timings.read_bytes() == kept
 
 
+def test_a_timing_cache_that_cannot_be_written_is_refused_before_the_build(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, Rig(monkeypatch, "10.13"))
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "timings", tmp_path):
+        own = ("--target", "tensorrt", "--timing-cache", place, *LIMITS)
+        assert llmforge("build", "checkpoint", "-o", tmp_path / "a", *own) != 0
+        assert f"the timing cache {place} cannot be written; name" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_timing_cache_of_8_6_is_refused(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from llmforge.kernels.launch import (
     Launch,
     Operand,
     Size,
+    load_width,
     require,
     same_dtype,
     specialised,
@@ -35,19 +36,21 @@ class DecodePlan:
 
 
 def decode_plan(
-    dtype: str, heads: int, kv_heads: int, head_dim: int, sequences: int
+    dtype: str, heads: int, kv_heads: int, head_dim: int, rope_dim: int, sequences: int
 ) -> DecodePlan | None:
     """The plan for steps of at most so many sequences, or None where the kernel does not take
     them."""
     group = heads // kv_heads
-    if dtype == "float32" or head_dim % 8 or group > 16:
+    if dtype == "float32" or head_dim % 8 or rope_dim % 4 or group > 16:
         return None
     # Long rows fill the registers, many rows the shared memory in which warps join.
     warps = 4 if head_dim <= 128 and group <= 8 else 2
     slot = 2 * _UNIT * -(-head_dim // 64) * 64 * DTYPE_BYTES[dtype]
     stages = min(_RING_BYTES // (warps * slot), _MAX_STAGES)
     parts = warps * group * (head_dim + 2) * 4
-    static = parts + (group + 2) * head_dim * DTYPE_BYTES[dtype] + warps * head_dim * 4 + 1024
+    # Heads and their biases, norms, angles, and a head a warp.
+    rows = (2 * (group + 2) + 2) * head_dim * DTYPE_BYTES[dtype]
+    static = parts + rows + rope_dim * 4 + warps * head_dim * 4 + 1024
     dynamic = warps * stages * slot + (2 * sequences + 1) * 4
     if stages < 2 or static > _STATIC_BYTES or static + dynamic > _SHARED_BYTES:
         return None
@@ -90,6 +93,8 @@ def decode_attention(
     heads, kv_heads = q.features // cache.head_dim, cache.kv_heads
     require(k.features == v.features == kv_heads * cache.head_dim, "decode_attention: k, v, cache")
     require(out.contiguous and out.features == q.features, "decode_attention: out is as q")
+    aligned = load_width(q, k, v, run=cache.head_dim) * DTYPE_BYTES[dtype] == 16
+    require(aligned, "decode_attention: heads start at multiples of 16 bytes")
     floats = part_size(heads, kv_heads, cache.head_dim)
     require(scratch.partial.features == floats, "decode_attention: parts of another size")
     spec = specialised(

@@ -49,10 +49,11 @@ DEVICE u32 load_acquire(const u32* address) {
     if (++tries % 16 == 0) usleep(20);
     return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
+// Eight times as fast as time goes: a rank that waits for one that has failed gives up after 15 s.
 DEVICE u64 nanoseconds() {
     timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (u64)now.tv_sec * 1000000000ull + now.tv_nsec;
+    return 8 * ((u64)now.tv_sec * 1000000000ull + now.tv_nsec);
 }
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

@@ -26,7 +26,8 @@ def fused_attention(
     decode_attention.cu. False, and nothing done, where that is not wanted or does not take it."""
     q, k, v = matrices
     shape = q.features // cache.head_dim, cache.kv_heads, cache.head_dim
-    plan = decode_plan(q.dtype, *shape, low.shape.sequences)
+    rope_dim = steps.table.features if steps.table else 0
+    plan = decode_plan(q.dtype, *shape, rope_dim, low.shape.sequences)
     wanted = low.products.attention == "fused" and low.shape.decode
     if not wanted or plan is None or node.attrs.get("slopes"):
         return False

@@ -68,7 +68,9 @@ def build_engine(
             raise BuildError(package.messages.reason(f"{path.name} cannot be built"))
         result = file.finish()
     if cache is not None and options.timing_cache is not None:
-        replace_file(options.timing_cache, bytes(config.get_timing_cache().serialize()))
+        # Where it cannot be written only time is lost, at the next build.
+        with contextlib.suppress(OSError):
+            replace_file(options.timing_cache, bytes(config.get_timing_cache().serialize()))
     return result
 
 

@@ -13,6 +13,12 @@ def cache_path(kind: str, name: str) -> Path:
     return DEFAULT_CACHE.expanduser().parent / kind / f"{name}.cache"
 
 
+def may_write(path: Path) -> bool:
+    """Whether `replace_file` can be expected to."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    return above.is_dir() and os.access(above, os.W_OK) and not path.is_dir()
+
+
 def replace_file(path: Path, blob: bytes) -> None:
     """Written beside and renamed: processes that do so at the same time each leave a whole file.
     Raises OSError."""

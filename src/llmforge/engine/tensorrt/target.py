@@ -21,6 +21,7 @@ from llmforge.engine.store import GRAPH_FILE
 from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.engine.tensorrt import package as packages
 from llmforge.engine.tensorrt.builder import BuildOptions, build_engine, timing_cache_path
+from llmforge.engine.tensorrt.cache_file import may_write
 from llmforge.engine.tensorrt.io import DECODE, PREFILL, profiles
 from llmforge.engine.tensorrt.lowering.rank import Engine, RankLowering, model_dtype
 from llmforge.engine.tensorrt.package import Package
@@ -70,6 +71,11 @@ class TensorRTTarget:
             raise SettingsError(
                 f"{package.name} {package.version} has no timing cache that works; "
                 "leave out --timing-cache"
+            )
+        if cache and not may_write(Path(cache)):
+            raise SettingsError(
+                f"the timing cache {cache} cannot be written; name a file in a directory that you "
+                "may write"
             )
         options = BuildOptions(
             archs=settings.arch or _default_archs(package),

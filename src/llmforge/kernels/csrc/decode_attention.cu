@@ -8,8 +8,9 @@
 // The grid is as large as the GPU, whatever the step: decode_plan.cuh divides the keys. A warp takes
 // every WARPS-th unit of 16 keys, through a ring of its own that runs ahead of the arithmetic, over
 // the ends of pairs, and of the kernel: only the new token's key and value are not in the cache while
-// the kernel before still runs. Rings are filled by copies of 16 bytes a lane: rows of a kv head
-// are of a few hundred bytes, and bulk copies of such a size leave one lane after another.
+// the kernel before still runs. Blocks that have no keys end without waiting for it: others do.
+// Rings are filled by copies of 16 bytes a lane: a row of a kv head has a few hundred bytes, and the
+// lanes of a warp issue bulk copies of that size one after another.
 //
 // 4.4 TB/s at about 1 us from request to arrival are 4.4 MB under way, 33 KB a multiprocessor; two
 // blocks with rings of 64 KB have between half of 128 KB and all of it under way.
@@ -62,6 +63,12 @@ struct Ring {
         const size_t row = (size_t)block * BLOCK_SIZE + key % BLOCK_SIZE;
         return cache + (row * KV_HEADS + run.head) * HEAD_DIM;
     }
+    // The slot that is filled longest ago, and is the next to be filled.
+    DEVICE char* wait() const {
+        copy_async_wait<STAGES - 1>();
+        __syncwarp();
+        return slots + slot * SLOT_BYTES;
+    }
     // Copies the next unit but for the new token and what would come behind it.
     DEVICE void fill() {
         if (unit < run.end) {
@@ -104,6 +111,130 @@ DEVICE void add_new(char* slot, int row, const T* key, const T* value) {
         if (!behind) *(uint4*)(slot + place) = load_chunk(key, chunk);
     }
     __syncwarp();
+}
+
+// The kernel's arguments that belong together.
+struct Step {
+    T *out, *key_cache, *value_cache;
+    const T *q, *k, *v, *bias, *q_weight, *k_weight;
+    const float* table;
+    const T* sinks;
+    const int* block_table;
+    float* partial;
+    int* counters;
+    int q_stride, k_stride, v_stride;
+    float eps, scale, soft_cap;
+};
+
+// What the heads of a run are made of, fetched by all threads at once: what waits for memory is one
+// load of each.
+struct alignas(16) Fetched {
+    T heads[GROUP + 2][HEAD_DIM];  // the queries of a kv head, its new key and value
+    T bias[BIAS ? GROUP + 2 : 1][HEAD_DIM];
+    T norms[NORM ? 2 : 1][HEAD_DIM];
+    float angles[ROPE_DIM ? ROPE_DIM : 4];
+};
+
+DEVICE void fetch_norms(Fetched& fetched, const Step& step) {
+#if NORM
+    for (int i = threadIdx.x; i < 2 * CHUNKS; i += THREADS) {
+        const T* weight = i < CHUNKS ? step.q_weight : step.k_weight;
+        ((uint4*)fetched.norms)[i] = load_chunk(weight, i % CHUNKS);
+    }
+#endif
+}
+
+// The first `heads` of the heads of a run.
+DEVICE void fetch(Fetched& fetched, const Step& step, const Run& run, int heads) {
+    const size_t sequence = run.sequence;
+    const int chunks = heads * CHUNKS, biases = BIAS ? chunks : 0;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < chunks + biases + ROPE_DIM / 4; i += THREADS) {
+        const int of = i < chunks ? i : i - chunks, row = of / CHUNKS, chunk = of % CHUNKS;
+        const int head = row < GROUP ? run.head * GROUP + row : run.head;
+        const uint4* source;
+        uint4* target;
+        if (i < chunks) {
+            const T* rows = row < GROUP    ? step.q + sequence * step.q_stride
+                            : row == GROUP ? step.k + sequence * step.k_stride
+                                           : step.v + sequence * step.v_stride;
+            source = (const uint4*)(rows + head * HEAD_DIM) + chunk;
+            target = (uint4*)fetched.heads[row] + chunk;
+        } else if (i < chunks + biases) {
+            const int behind = row < GROUP ? 0 : row == GROUP ? HEADS : HEADS + KV_HEADS;
+            source = (const uint4*)(step.bias + (behind + head) * HEAD_DIM) + chunk;
+            target = (uint4*)fetched.bias[row] + chunk;
+        } else {
+            source = (const uint4*)(step.table + sequence * ROPE_DIM) + (of - biases);
+            target = (uint4*)fetched.angles + (of - biases);
+        }
+        *target = *source;
+    }
+}
+
+// Leaves the heads of a run in `fetched` as attention wants them, and the new key and value, where
+// the run has them, in the cache at position `key`.
+DEVICE void prepare(Fetched& fetched, float (&staged)[HEAD_DIM], const Step& step, const Run& run,
+                    int key, bool has_new) {
+    const int lane = threadIdx.x % 32, heads = GROUP + (has_new ? 2 : 0);
+    const int* blocks = step.block_table + (size_t)run.sequence * TABLE_STRIDE;
+    const int block = __ldcg(blocks + key / BLOCK_SIZE);  // now: beside the other loads
+    fetch(fetched, step, run, heads);
+    __syncthreads();
+#pragma unroll 1
+    for (int row = threadIdx.x / 32; row < heads; row += WARPS) {
+        const bool is_q = row < GROUP, is_v = row == GROUP + 1;
+        T(&head)[HEAD_DIM] = fetched.heads[row];
+        load_head(staged, lane, head, fetched.bias[0], row * HEAD_DIM, !is_v,
+                  fetched.norms[NORM && !is_q], step.eps);
+        store_head(head, staged, lane, fetched.angles, 0, is_v ? 0 : ROPE_DIM);
+        __syncwarp();  // the head is complete, and the next may be staged
+        if (is_q) continue;
+        const size_t slot = (size_t)block * BLOCK_SIZE + key % BLOCK_SIZE;
+        T* cache = is_v ? step.value_cache : step.key_cache;
+        uint4* target = (uint4*)(cache + (slot * KV_HEADS + run.head) * HEAD_DIM);
+        for (int i = lane; i < CHUNKS; i += 32) target[i] = load_chunk(head, i);
+    }
+    __syncthreads();
+}
+
+// Attends to this warp's units of a run.
+DEVICE void attend_units(State& state, Ring& ring, const Fetched& fetched, const Step& step,
+                         const Run& run, int kv_len) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, units = units_of(kv_len);
+    const T* low = fetched.heads[min(g, GROUP - 1)];
+    const T* high = fetched.heads[min(g + 8, GROUP - 1)];
+    Rows kept[STEPS];
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) kept[s] = chunk_of(low, high, s);
+    // Beside the sums of long rows there are no registers left for the queries.
+    auto query = [&](int s) { return HEAD_DIM > 128 ? chunk_of(low, high, s) : kept[s]; };
+    auto scaled = [&](float x) {
+#if CAP
+        return step.soft_cap * tanhf(x * step.scale / step.soft_cap) * LOG2_E;
+#else
+        return x * (step.scale * LOG2_E);
+#endif
+    };
+    const int first = WINDOW > 0 ? max(0, kv_len - WINDOW) : 0;
+    const int last[2] = {kv_len - 1, kv_len - 1};
+    for (int unit = run.begin + threadIdx.x / 32; unit < run.end; unit += WARPS) {
+        char* slot = ring.wait();
+        if (unit == units - 1)
+            add_new(slot, (kv_len - 1) % UNIT, fetched.heads[GROUP], fetched.heads[GROUP + 1]);
+        auto chunk_at = [&](const char* base, int row, int chunk) {
+            return chunk < CHUNKS ? *(const uint4*)(base + place_of(row, chunk))
+                                  : make_uint4(0, 0, 0, 0);
+        };
+        auto keys = [&](int j, int s) { return chunk_at(slot, 8 * j + g, 4 * s + t); };
+        auto values = [&](int j, int h) {
+            return chunk_at(slot + UNIT * ROW_BYTES, 2 * t + j % 2 + j / 2 * 8, 8 * h + g);
+        };
+        const int base = (skipped(kv_len) + unit) * UNIT;
+        attend(state, query, keys, values, base, first, kv_len, last, scaled);
+        __syncwarp();
+        ring.fill();
+    }
 }
 
 // What a warp has of each row, behind `finish_totals`: weighted sum, largest score, total weight.
@@ -155,6 +286,47 @@ DEVICE Joined join(Part part, int count, int d) {
     return joined;
 }
 
+// Joins the warps' `parts` of a run, and with them, where the pair has more than one part, those of
+// other blocks, once the last has come.
+DEVICE void finish(const float (&parts)[WARPS][GROUP][HEAD_DIM + 2], const Plan& plan,
+                   const Step& step, const Run& run, int units) {
+    __shared__ int arrived;
+    const int place = run.place(plan), from = place / plan.share;  // the first block with a part
+    const int count = (place + units - 1) / plan.share - from + 1;
+    float* mine = step.partial + (blockIdx.x * 2 + (run.begin == 0)) * PART;
+    const int first_head = run.head * GROUP;
+    T* out = step.out + ((size_t)run.sequence * HEADS + first_head) * HEAD_DIM;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
+        const int row = i / HEAD_DIM, d = i % HEAD_DIM;
+        const Joined joined = join([&](int w, int e) { return parts[w][row][e]; }, WARPS, d);
+        if (count == 1) {
+            out[i] = joined.value(step.sinks, first_head + row);
+            continue;
+        }
+        float* part = mine + row * (HEAD_DIM + 2);
+        part[d] = joined.sum;
+        if (d == 0) part[HEAD_DIM] = joined.largest, part[HEAD_DIM + 1] = joined.total;
+    }
+    if (count == 1) return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        arrived = atomicAdd(step.counters + from, 1);
+        if (arrived == count - 1) step.counters[from] = 0;
+    }
+    __syncthreads();
+    if (arrived != count - 1) return;
+    __threadfence();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
+        const int row = i / HEAD_DIM;
+        const float* first = step.partial + from * 2 * PART + row * (HEAD_DIM + 2);
+        auto part = [&](int p, int e) { return __ldcg(first + (p * 2 + (p == 0)) * PART + e); };
+        out[i] = join(part, count, i % HEAD_DIM).value(step.sinks, first_head + row);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, const T* v,
                  const T* bias, const T* q_weight, const T* k_weight, const float* table,
@@ -163,11 +335,10 @@ decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, c
                  float scale, float soft_cap) {
     extern __shared__ __align__(128) char shared[];
     __shared__ float parts[WARPS][GROUP][HEAD_DIM + 2];
-    __shared__ __align__(16) T rows[GROUP + 2][HEAD_DIM];  // queries, the new key and value
+    __shared__ Fetched fetched;
     __shared__ float staged[WARPS][HEAD_DIM];
-    __shared__ int arrived;
     let_next_start();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / 32;
     int* lens = (int*)(shared + WARPS * STAGES * SLOT_BYTES);
     const Plan plan = make_plan(lens, lens + sequences, kv_lens, sequences);
     Run run;
@@ -178,105 +349,20 @@ decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, c
     ring.settle();
 #pragma unroll 1
     for (int i = 0; i < STAGES; i++) ring.fill();
+    const Step step{out,         key_cache, value_cache, q,        k,        v,        bias,
+                    q_weight,    k_weight,  table,       sinks,    block_table, partial,
+                    counters,    q_stride,  k_stride,    v_stride, eps,      scale,    soft_cap};
+    fetch_norms(fetched, step);
     wait_for_previous();
     do {
-        const size_t sequence = run.sequence;
-        const int kv_len = plan.lens[sequence], units = units_of(kv_len);
-        const int first = WINDOW > 0 ? max(0, kv_len - WINDOW) : 0;
-        const bool has_new = run.end == units;
-#pragma unroll 1
-        for (int row = warp; row < GROUP + (has_new ? 2 : 0); row += WARPS) {
-            const bool is_q = row < GROUP, is_v = row == GROUP + 1;
-            const int head = is_q   ? run.head * GROUP + row
-                             : is_v ? HEADS + KV_HEADS + run.head
-                                    : HEADS + run.head;
-            const T* source = is_q   ? q + sequence * q_stride + head * HEAD_DIM
-                              : is_v ? v + sequence * v_stride + run.head * HEAD_DIM
-                                     : k + sequence * k_stride + run.head * HEAD_DIM;
-            load_head(staged[warp], lane, source, bias, head * HEAD_DIM, !is_v,
-                      is_q ? q_weight : k_weight, eps);
-            store_head(rows[row], staged[warp], lane, table, sequence, is_v ? 0 : ROPE_DIM);
-            __syncwarp();  // the row is complete, and the next may be staged
-            if (is_q) continue;
-            const int key = kv_len - 1;
-            const int block = block_table[sequence * TABLE_STRIDE + key / BLOCK_SIZE];
-            const size_t slot = (size_t)block * BLOCK_SIZE + key % BLOCK_SIZE;
-            T* target = (is_v ? value_cache : key_cache) + (slot * KV_HEADS + run.head) * HEAD_DIM;
-            for (int i = lane; i < CHUNKS; i += 32) ((uint4*)target)[i] = load_chunk(rows[row], i);
-        }
-        __syncthreads();
+        const int kv_len = plan.lens[run.sequence], units = units_of(kv_len);
+        prepare(fetched, staged[warp], step, run, kv_len - 1, run.end == units);
         State state;
         begin(state);
-        const T *low = rows[min(g, GROUP - 1)], *high = rows[min(g + 8, GROUP - 1)];
-        Rows kept[STEPS];
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) kept[s] = chunk_of(low, high, s);
-        // Beside the sums of long rows there are no registers left for the queries.
-        auto query = [&](int s) { return HEAD_DIM > 128 ? chunk_of(low, high, s) : kept[s]; };
-        const int last[2] = {kv_len - 1, kv_len - 1};
-        for (int unit = run.begin + warp; unit < run.end; unit += WARPS) {
-            copy_async_wait<STAGES - 1>();
-            __syncwarp();
-            char* slot = slots + ring.slot * SLOT_BYTES;  // the next to be filled is the oldest
-            if (unit == units - 1) add_new(slot, (kv_len - 1) % UNIT, rows[GROUP], rows[GROUP + 1]);
-            auto chunk_at = [&](const char* base, int row, int chunk) {
-                return chunk < CHUNKS ? *(const uint4*)(base + place_of(row, chunk))
-                                      : make_uint4(0, 0, 0, 0);
-            };
-            attend(
-                state, query, [&](int j, int s) { return chunk_at(slot, 8 * j + g, 4 * s + t); },
-                [&](int j, int h) {
-                    return chunk_at(slot + UNIT * ROW_BYTES, 2 * t + j % 2 + j / 2 * 8, 8 * h + g);
-                },
-                (skipped(kv_len) + unit) * UNIT, first, kv_len, last,
-                [&](float x) {
-#if CAP
-                    return soft_cap * tanhf(x * scale / soft_cap) * LOG2_E;
-#else
-                    return x * (scale * LOG2_E);
-#endif
-                });
-            __syncwarp();
-            ring.fill();
-        }
+        attend_units(state, ring, fetched, step, run, kv_len);
         finish_totals(state);
         write_parts(parts[warp], state);
         __syncthreads();
-        // Blocks that have a part of the pair.
-        const int place = run.place(plan);
-        const int from = place / plan.share, count = (place + units - 1) / plan.share - from + 1;
-        float* mine = partial + (blockIdx.x * 2 + (run.begin == 0)) * PART;
-        T* out_rows = out + (sequence * HEADS + run.head * GROUP) * HEAD_DIM;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-            const int row = i / HEAD_DIM, d = i % HEAD_DIM;
-            const Joined joined = join([&](int w, int e) { return parts[w][row][e]; }, WARPS, d);
-            if (count == 1) {
-                out_rows[i] = joined.value(sinks, run.head * GROUP + row);
-                continue;
-            }
-            float* part = mine + row * (HEAD_DIM + 2);
-            part[d] = joined.sum;
-            if (d == 0) part[HEAD_DIM] = joined.largest, part[HEAD_DIM + 1] = joined.total;
-        }
-        if (count == 1) continue;
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            arrived = atomicAdd(counters + from, 1);
-            if (arrived == count - 1) counters[from] = 0;
-        }
-        __syncthreads();
-        if (arrived != count - 1) continue;
-        __threadfence();
-#pragma unroll 1
-        for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-            const float* first_of = partial + from * 2 * PART + i / HEAD_DIM * (HEAD_DIM + 2);
-            auto part = [&](int p, int e) {
-                return __ldcg(first_of + (p * 2 + (p == 0)) * PART + e);
-            };
-            const Joined joined = join(part, count, i % HEAD_DIM);
-            out_rows[i] = joined.value(sinks, run.head * GROUP + i / HEAD_DIM);
-        }
+        finish(parts, plan, step, run, units);
     } while (run.next(plan, sequences));
 }

@@ -1,0 +1,264 @@
+"""Attention of decode steps: qkv.cu and attention_mma.cu, or decode_attention.cu for both.
+
+    python benchmarks/cuda_attention.py [--model llama-3.1-8b] [--json FILE]
+
+First both are checked beside plain torch and beside each other (attention_cases.py: random inputs,
+outputs that are not numbers before, ragged lengths). Then whole decode steps of four layers are
+timed, as CUDA graphs with early starts as the engine launches them, once with each, and once
+without what follows the product of q, k and v up to attention; the difference over the layers is
+what attention costs. The floor of that: the bytes of the keys and values over the bandwidth that
+reading a large buffer reaches in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from attention_cases import CASES, RAGGED, Case, Tensors, compare, wrong
+from cuda_speed import MODELS, load, prepared, random_weights, read_bandwidth
+
+from llmforge.checkpoint.config import ModelConfig
+from llmforge.engine.cuda.executable import CudaExecutable
+from llmforge.engine.cuda.state import AttentionKernel, Products
+from llmforge.engine.step import Limits, StepBatch
+from llmforge.kernels.compile import DEFAULT_CACHE, KernelSpec, compile_kernel, compiler_version
+from llmforge.kernels.driver import BoundLaunch, Module, Sizes
+from llmforge.kernels.launch import Launch
+
+LAYERS = 4  # their weights are several times what the L2 cache holds
+VOCAB = 1024
+BATCHES = (1, 8, 32, 128, 256)
+KEYS = (256, 1536, 4096)
+LONGEST = 16384
+LIMITS = Limits(max(BATCHES), LONGEST, 2048, 32, max(BATCHES) * max(KEYS) // 32)
+ROUNDS, REPEAT = 3, 15
+KERNELS: tuple[AttentionKernel, ...] = ("separate", "fused")
+ATTENTION = frozenset({"qkv", "attention", "attention_simple", "decode_attention"})
+LOGITS_TOLERANCE = 3e-2  # of the whole, relative to its norm
+
+LONG = (
+    Case((4096, 1, 700), head_dim=128, kv_heads=8, block_size=32),
+    Case((20000, *RAGGED, 3000), head_dim=128, kv_heads=8, block_size=32),
+    Case(tuple(1 + 37 * i % 600 for i in range(256)), kv_heads=8, block_size=32),
+)
+
+
+# -- correctness ---------------------------------------------------------------------------------
+
+
+class Launcher:
+    """Runs single launches on the GPU."""
+
+    def __init__(self, arch: str) -> None:
+        self._arch = arch
+        self._modules: dict[str, Module] = {}
+        self._sizes = Sizes(("tokens", "sequences", "longest_query", "processors"))
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        self._sizes.set("processors", processors)
+        self._sizes.set("longest_query", 1)
+
+    def run(self, launch: Launch, tensors: Tensors, sequences: int) -> None:
+        """On tensors of this machine's memory, into which the results come."""
+        self._sizes.set("tokens", sequences)
+        self._sizes.set("sequences", sequences)
+        there = {name: tensor.cuda() for name, tensor in tensors.items()}
+        bound = BoundLaunch(
+            launch,
+            self._module(launch.kernel),
+            lambda name: there[name].data_ptr(),
+            self._sizes,
+            overlap=torch.cuda.get_device_capability()[0] >= 9,
+        )
+        bound(torch.cuda.current_stream().cuda_stream)
+        for name, tensor in there.items():
+            tensors[name].copy_(tensor)
+
+    def _module(self, spec: KernelSpec) -> Module:
+        if spec.key not in self._modules:
+            image = compile_kernel(spec, self._arch, DEFAULT_CACHE).image
+            self._modules[spec.key] = Module(image, spec.entry)
+        return self._modules[spec.key]
+
+
+def check(arch: str) -> list[dict[str, Any]]:
+    """What each case is off, and whether that is wrong."""
+    launcher = Launcher(arch)
+    found = []
+    for seed, case in enumerate((*CASES, *LONG)):
+        off = compare(case, launcher.run, seed)
+        found.append({"case": dataclasses.asdict(case), "off": off, "wrong": wrong(case, off)})
+        if found[-1]["wrong"]:
+            click.echo(f"wrong: {case}: {off}")
+    return found
+
+
+# -- speed ---------------------------------------------------------------------------------------
+
+
+def lengths() -> dict[str, tuple[int, ...]]:
+    """The steps to time, by name: equal lengths, and a mix of which one sequence is the longest."""
+    equal = {f"{batch} x {keys}": (keys,) * batch for batch in BATCHES for keys in KEYS}
+    count, shortest = BATCHES[-2], min(KEYS) // 16
+    exponents = np.random.default_rng(0).uniform(np.log(shortest), np.log(max(KEYS)), count - 1)
+    return equal | {f"{count} mixed": (LONGEST, *np.exp(exponents).astype(int).tolist())}
+
+
+def step_of(lens: tuple[int, ...]) -> StepBatch:
+    """A decode step of sequences of these lengths, in blocks that are anywhere."""
+    count, size = len(lens), LIMITS.block_size
+    needed = [-(-n // size) for n in lens]
+    order = np.random.default_rng(count).permutation(LIMITS.num_blocks).astype(np.int32)
+    table = np.zeros((count, max(needed)), np.int32)
+    used = 0
+    for row, blocks in zip(table, needed, strict=True):
+        row[:blocks] = order[used : used + blocks]
+        used += blocks
+    kv_lens = np.array(lens, np.int32)
+    return StepBatch(
+        token_ids=np.arange(count, dtype=np.int32), positions=kv_lens - 1,
+        query_starts=np.arange(count + 1, dtype=np.int32), kv_lens=kv_lens, block_table=table,
+        prompt_lens=kv_lens, logit_rows=np.arange(count, dtype=np.int32),
+    )  # fmt: skip
+
+
+def timed(
+    executable: CudaExecutable, step: StepBatch, *, without: frozenset[str] = frozenset()
+) -> Callable[[], float]:
+    """A function that gives the seconds that the network of a step takes, less the kernels of these
+    names: the median of REPEAT replays of a graph."""
+    executable.step(step)  # its arrays and sizes are those of the graph
+    count, programs = step.num_sequences, executable.memory.programs
+    (program,) = (p for p in programs if p.shape.decode and p.shape.sequences == count)
+    calls = [
+        executable.bind(instruction, program)
+        for instruction in program.instructions
+        if not (isinstance(instruction.call, Launch) and instruction.call.kernel.entry in without)
+    ]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call(stream.cuda_stream)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call(stream.cuda_stream)
+
+    def seconds() -> float:
+        times = []
+        with torch.cuda.stream(stream):
+            for _ in range(REPEAT):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                stop.record()
+                stop.synchronize()
+                times.append(start.elapsed_time(stop) / 1e3)
+        return statistics.median(times)
+
+    return seconds
+
+
+def short(config: ModelConfig) -> ModelConfig:
+    """A few layers of the model, and little behind them."""
+    return dataclasses.replace(
+        config, num_layers=LAYERS, sliding_window=(None,) * LAYERS, vocab_size=VOCAB
+    )
+
+
+def loaded(config: ModelConfig) -> dict[AttentionKernel, CudaExecutable]:
+    """An executable with each kernel, of the same weights, keys and values."""
+    graph = prepared(config)
+    weights = random_weights(graph)
+    executables = {
+        kernel: load(graph, weights, LIMITS, Products(attention=kernel)) for kernel in KERNELS
+    }
+    first, *others = executables.values()
+    for state in graph.states:
+        drawn = first.memory.tensors[state.name].normal_()
+        for other in others:
+            other.memory.tensors[state.name].copy_(drawn)
+    return executables
+
+
+def measure(name: str, bandwidth: float) -> list[dict[str, Any]]:
+    """What attention takes in a layer, in microseconds, for every step, and how far the logits
+    with one kernel are from those with the other."""
+    config = short(MODELS[name])
+    executables = loaded(config)
+    rows = []
+    for label, lens in lengths().items():
+        step = step_of(lens)
+        logits = [torch.from_numpy(each.step(step).logits) for each in executables.values()]
+        off = float((logits[1] - logits[0]).norm() / logits[0].norm())
+        rest = timed(executables["separate"], step, without=ATTENTION)
+        steps = {kernel: timed(each, step) for kernel, each in executables.items()}
+        times: dict[str, list[float]] = {kernel: [] for kernel in KERNELS}
+        for _ in range(ROUNDS):
+            base = rest()
+            for kernel, seconds in steps.items():
+                times[kernel].append((seconds() - base) / LAYERS * 1e6)
+        nbytes = 2 * sum(lens) * config.num_kv_heads * config.head_dim * 2
+        floor = nbytes / bandwidth * 1e6
+        row = {"model": name, "step": label, "floor_us": floor, "logits_off": off}
+        row["wrong"] = not off <= LOGITS_TOLERANCE
+        row |= {f"{kernel}_us": statistics.median(found) for kernel, found in times.items()}
+        rows.append(row)
+        click.echo(
+            f"{name} {label:12} floor {floor:8.1f}  separate {row['separate_us']:8.1f} "
+            f"({row['separate_us'] / floor:5.2f})  fused {row['fused_us']:8.1f} us a layer "
+            f"({row['fused_us'] / floor:5.2f} of floor)  logits {off:.1e} off"
+            f"{'  WRONG' if row['wrong'] else ''}"
+        )
+    for executable in executables.values():
+        executable.close()
+    return rows
+
+
+@click.command(help=__doc__)
+@click.option("--model", "models", multiple=True, default=tuple(MODELS), show_default=True)
+@click.option("--json", "output", type=Path)
+def main(models: tuple[str, ...], output: Path | None) -> None:
+    if not torch.cuda.is_available():
+        raise click.ClickException("this needs an NVIDIA GPU")
+    major, minor = torch.cuda.get_device_capability()
+    checks = check(f"sm_{major}{minor}")
+    failed = [found for found in checks if found["wrong"]]
+    worst = max(found["off"]["out"] for found in checks)
+    click.echo(f"{len(checks)} cases, at most {worst:.1e} off; wrong: {len(failed)}")
+    bandwidth = read_bandwidth()
+    torch.cuda.empty_cache()
+    click.echo(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e12:.2f} TB/s")
+    steps = []
+    for name in models:
+        steps += measure(name, bandwidth)
+        torch.cuda.empty_cache()
+    failed += [row for row in steps if row["wrong"]]
+    if output:
+        report = {
+            "gpu": torch.cuda.get_device_name(),
+            "versions": {
+                "python": platform.python_version(), "torch": torch.__version__,
+                "cuda": torch.version.cuda, "nvrtc": compiler_version(),
+            },
+            "read_bandwidth_tb_per_s": bandwidth / 1e12,
+            "layers": LAYERS,
+            "steps": steps,
+            "checks": checks,
+        }  # fmt: skip
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n")
+    if failed:
+        raise click.ClickException(f"{len(failed)} results are wrong: the times mean nothing")
+
+
+if __name__ == "__main__":
+    main()

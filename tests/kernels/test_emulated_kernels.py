@@ -1,0 +1,108 @@
+"""Single kernels on an emulated GPU where the tiny models do not go: sizes that divide nothing, a
+large eps, and sampling of many rows with as many kinds of parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from emulation.bench import Bench
+from emulation.build import unavailable
+
+from llmforge.engine.device_sampling import PARAMS, fill_params
+from llmforge.engine.step import SampleRow, SamplingParams
+from llmforge.kernels import launch as kernels
+from llmforge.runtime.sampling import sample
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+TOKENS = 3
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    assert torch.allclose(got.float(), want.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype"), [(36, torch.float32), (1000, torch.bfloat16), (1030, torch.float16)]
+)
+def test_norms(features, dtype):
+    bench, eps = Bench(), 0.3
+    generator = torch.Generator().manual_seed(features)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, r = drawn(TOKENS, features), drawn(TOKENS, features)
+    w, b = drawn(features), drawn(features)
+    out, out_sum = (torch.full_like(x, torch.nan) for _ in range(2))
+    bench.tensors.update(x=x, r=r, w=w, b=b, out=out, sum=out_sum)
+    matrices = {name: bench.operand(name, "tokens") for name in ("x", "r", "out", "sum")}
+    weight, bias = bench.operand("w"), bench.operand("b")
+
+    bench.run(
+        kernels.rms_norm(
+            matrices["out"], matrices["x"], weight, eps=eps, residual=matrices["r"],
+            out_sum=matrices["sum"],
+        ),
+        tokens=TOKENS,
+    )  # fmt: skip
+    total = x + r
+    wide = total.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    assert torch.equal(out_sum, total)
+    close(out, (wide * scale).to(dtype) * w, dtype)
+
+    out.fill_(torch.nan)
+    made = kernels.layer_norm(matrices["out"], matrices["x"], weight, bias, eps=eps, run=features)
+    bench.run(made, tokens=TOKENS)
+    wide = x.float()
+    deviation = torch.sqrt(wide.var(-1, keepdim=True, unbiased=False) + eps)
+    normed = (wide - wide.mean(-1, keepdim=True)) / deviation
+    close(out, normed * w.float() + b.float(), dtype)
+
+
+def random_params(rng: np.random.Generator) -> SamplingParams:
+    def maybe(value: float, otherwise: float) -> float:
+        return value if rng.random() < 0.5 else otherwise
+
+    return SamplingParams(
+        temperature=maybe(0.2 + 2 * rng.random(), 1.0),
+        top_p=maybe(0.01 + 0.98 * rng.random(), 1.0),
+        top_k=int(maybe(rng.integers(1, 12), 0)),
+        repetition_penalty=maybe(0.7 + rng.random(), 1.0),
+        min_p=maybe(0.3 * rng.random(), 0.0),
+        seed=int(rng.integers(2**63)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(301, torch.float32), (1024, torch.bfloat16), (96, torch.float16)]
+)
+def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype):
+    """Logits of few different values, so that many are equal at every bound."""
+    rng, rows = np.random.default_rng(vocab), 120
+    steps = torch.from_numpy(rng.integers(-12, 13, (rows, vocab))) / 8
+    logits = torch.where(torch.from_numpy(rng.random((rows, vocab)) < 0.02), -torch.inf, steps)
+    logits[:, 0] = 0.0  # no row has nothing but -inf
+    logits = logits.to(dtype)
+    drawn_by = [
+        SampleRow(random_params(rng), int(rng.integers(2**40)), history)
+        for history in rng.integers(0, vocab, (rows, vocab // 2)).astype(np.int32)
+    ]
+    params, history = np.zeros(rows, PARAMS), np.zeros(rows * vocab, np.int32)
+    fill_params(params, drawn_by, history)
+    bench = Bench()
+    bench.tensors.update(
+        logits=logits,
+        params=torch.from_numpy(params.view(np.int32)),
+        history=torch.from_numpy(history),
+        seen=torch.zeros(rows * -(-vocab // 32), dtype=torch.int32),
+        tokens=torch.full((rows,), -1, dtype=torch.int32),
+        largest=torch.zeros(rows),
+    )
+    names = ("tokens", "largest", "logits", "params", "history", "seen")
+    bench.run(kernels.sample(*(bench.operand(name) for name in names)))
+    want = sample(logits.float().numpy(), drawn_by)
+    assert bench.tensors["tokens"].tolist() == want.tolist()
