@@ -1,13 +1,15 @@
-"""What computes the products of a decode step of one sequence: stream_gemm.cu, gemv.cu or torch.
+"""What computes the products of a decode step: stream_gemm.cu, gemv.cu, rows_gemm.cu or torch.
 
-    python benchmarks/cuda_products.py [--model llama-3.1-8b] [--json FILE]
+    python benchmarks/cuda_products.py [--rows 8] [--model llama-3.1-8b] [--json FILE]
 
-First every product of gemv.cu is checked beside plain torch, for each tuning that is then measured,
-at the models' shapes with all that is fused into them: random inputs, outputs poisoned before.
-Then the device time of a decode step with 256 tokens (a CUDA graph, random weights made on the GPU)
-and of its products alone, one behind the other, for each variant in turn, in several rounds; and of
-each kernel of a step the time from the end of the one before to its own end. A variant with a wrong
-product is not timed, and the exit status is then 1.
+For one sequence by gemv.cu, with --rows for 2 to 8 by rows_gemm.cu. First every product of that
+kernel is checked beside plain torch, for each tuning that is then measured, at the models' shapes
+with all that is fused into them: random inputs, outputs poisoned before. Then the device time of a
+decode step with 256 tokens a sequence (a CUDA graph, random weights made on the GPU), of as many
+sequences as there are rows and of each smaller number that steps are prepared for but one, and of
+its products alone, one behind the other, for each variant in turn, in several rounds; and of each
+kernel of the largest step the time from the end of the one before to its own end. A variant with a
+wrong product is not timed, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -33,81 +35,76 @@ from cuda_speed import (
     random_weights,
     read_bandwidth,
 )
+from product_studies import Study, study_of
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.engine.cuda.executable import CudaExecutable
 from llmforge.engine.cuda.program import Matmul
 from llmforge.engine.cuda.state import Products
 from llmforge.engine.cuda.target import programs
-from llmforge.engine.step import Limits, StepBatch
+from llmforge.engine.step import StepBatch
 from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel, compiler_version
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
-from llmforge.kernels.gemv import GemvTuning
 from llmforge.kernels.launch import Float, Launch, Operand, TensorMap
 from llmforge.model.reference import ACTIVATIONS, DTYPES, LOCAL, REFERENCE
 
 Tensor = torch.Tensor
 
 KV_LEN = 256
-LIMITS = Limits(1, 384, 128, 32, 12)
+OURS = ("gemv", "rows_gemm", "stream_gemm")
 ROUNDS = 3
 # Relative to a row's norm: some roundings to the dtype.
 TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}
 LOGITS_TOLERANCE = 3e-2  # after all layers
 
-TUNINGS = {
-    "gemv": GemvTuning(),
-    "no early copies": GemvTuning(early=False),
-    "next starts with x": GemvTuning(release="with x"),
-    "next starts with copies": GemvTuning(release="with copies"),
-    "weights kept in L2": GemvTuning(evict_first=False),
-    "4 warps, 3 x 8 KB": GemvTuning(warps=4, piece=8192),
-    "4 warps, 6 x 4 KB": GemvTuning(warps=4, stages=6),
-    "6 warps, 2 x 8 KB": GemvTuning(warps=6, piece=8192, stages=2),
-    "8 warps, 6 x 2 KB": GemvTuning(piece=2048, stages=6),
-    "12 warps, 2 x 4 KB": GemvTuning(warps=12, stages=2),
-    "8 warps, 2 x 4 KB": GemvTuning(stages=2),
-    "2 blocks, 4 warps, 3 x 4 KB": GemvTuning(warps=4, blocks=2),
-}
-VARIANTS = {
-    "stream_gemm": Products("stream_gemm"),
-    "torch": Products("torch"),
-    **{name: Products("gemv", tuning) for name, tuning in TUNINGS.items()},
-}
-
 
 # -- correctness ---------------------------------------------------------------------------------
 
 
-def products_of(config: ModelConfig, products: Products, arch: str) -> Iterator[Launch]:
-    """The different launches of gemv.cu in the decode step of a model."""
+def products_of(
+    study: Study, config: ModelConfig, products: Products, arch: str
+) -> Iterator[Launch]:
+    """The different launches of the kernel in the largest decode step of a model."""
     seen = set()
-    _, decode = programs(prepared(config), LIMITS, arch, products=products)
+    *_, decode = programs(prepared(config), study.limits, arch, products=products)
     for call in (i.call for i in decode.instructions):
-        if isinstance(call, Launch) and call.kernel.entry == "gemv":
-            key = (call.kernel.key, call.shared_bytes, call.arguments[6])
+        if isinstance(call, Launch) and call.kernel.entry == study.entry:
+            key = (call.kernel.key, call.shared_bytes, weight_of(call).shape)
             if key not in seen:
                 seen.add(key)
                 yield call
 
 
-def random_operands(launch: Launch, device: str) -> dict[str, Tensor]:
+def weight_of(call: Launch) -> Operand:
+    """The weights of one of our products."""
+    weight = call.arguments[2]
+    if isinstance(weight, TensorMap):
+        weight = weight.weight
+    assert isinstance(weight, Operand)
+    return weight
+
+
+def random_operands(launch: Launch, rows: int, device: str) -> dict[str, Tensor]:
     """Values for a launch's operands, by buffer."""
-    out, x, weight, bias, residual, norm_weight = launch.arguments[:6]
+    out, x, weight, bias, residual, norm_weight, *others = launch.arguments
     tensors = {}
     for operand in (x, weight, bias, residual, norm_weight):
         if isinstance(operand, Operand):
-            shape = [d if isinstance(d, int) else 1 for d in operand.shape]
+            shape = [d if isinstance(d, int) else rows for d in operand.shape]
             tensor = torch.empty(shape, dtype=DTYPES[operand.dtype], device=device)
             scale = operand.features**-0.5 if operand is weight else 1.0
             tensors[operand.buffer] = tensor.normal_(0, scale)
     assert isinstance(out, Operand)
-    tensors[out.buffer] = torch.empty(1, out.features, dtype=DTYPES[out.dtype], device=device)
+    tensors[out.buffer] = torch.empty(rows, out.features, dtype=DTYPES[out.dtype], device=device)
+    for scratch in others:
+        if isinstance(scratch, Operand):  # one counter a block is more than enough
+            size, dtype = max(scratch.features, 1024), DTYPES[scratch.dtype]
+            tensors[scratch.buffer] = torch.empty(size, dtype=dtype, device=device).zero_()
     return tensors
 
 
 def expected(launch: Launch, tensors: Mapping[str, Tensor]) -> Tensor:
-    """What a launch of gemv.cu must give: rounded where the kernel rounds, sums in float32."""
+    """What a launch must give: rounded where the kernel rounds, sums in float32."""
     operands = launch.arguments[:6]
     _, x, weight, bias, residual, norm_weight = (
         tensors[o.buffer] if isinstance(o, Operand) else None for o in operands
@@ -139,30 +136,32 @@ def checked_configs(config: ModelConfig) -> tuple[ModelConfig, ...]:
     return one, biased
 
 
-def check_products(config: ModelConfig, arch: str) -> list[dict[str, Any]]:
+def check_products(study: Study, config: ModelConfig, arch: str) -> list[dict[str, Any]]:
     """Each product of each tuning beside plain torch: which are wrong, and how far all are off."""
-    sizes = Sizes(("processors",))
+    sizes = Sizes(("processors", "tokens", "rows"))
     sizes.set("processors", torch.cuda.get_device_properties(0).multi_processor_count)
+    for name in ("tokens", "rows"):
+        sizes.set(name, study.rows)
     errors = []
     for variant in checked_configs(config):
         launches = [
             (tuning, launch)
-            for tuning, products in VARIANTS.items()
-            if products.one_row == "gemv"
-            for launch in products_of(variant, products, arch)
+            for tuning, products in study.variants.items()
+            if study.checks(products)
+            for launch in products_of(study, variant, products, arch)
         ]
         modules = compiled([launch for _, launch in launches], arch)
         values: dict[tuple[Any, ...], tuple[dict[str, Tensor], Tensor]] = {}
         for (tuning, launch), module in zip(launches, modules, strict=True):
             # The same values for all tunings: only the first has them multiplied by torch.
-            key = launch.arguments[:7]
+            key = launch.arguments[:6]
             if key not in values:
-                tensors = random_operands(launch, "cuda")
+                tensors = random_operands(launch, study.rows, "cuda")
                 values[key] = tensors, expected(launch, tensors)
             error = relative_error(launch, module, *values[key], sizes)
             found = {
                 "tuning": tuning,
-                "weights": launch.arguments[2].shape,  # type: ignore[union-attr]
+                "weights": weight_of(launch).shape,
                 "dtype": variant.dtype,
                 "error": error,
                 "wrong": not error <= TOLERANCE[variant.dtype],
@@ -176,35 +175,38 @@ def check_products(config: ModelConfig, arch: str) -> list[dict[str, Any]]:
 def compiled(launches: list[Launch], arch: str) -> list[Module]:
     with ThreadPoolExecutor() as pool:
         images = pool.map(lambda call: compile_kernel(call.kernel, arch, DEFAULT_CACHE), launches)
-        return [Module(image.image, "gemv") for image in images]
+        return [
+            Module(image.image, call.kernel.entry)
+            for image, call in zip(images, launches, strict=True)
+        ]
 
 
 def relative_error(
     launch: Launch, module: Module, tensors: Mapping[str, Tensor], want: Tensor, sizes: Sizes
 ) -> float:
-    """How far the product is off, launched twice, so that the second overlaps the first."""
+    """How far the worst row of a product is off, launched twice, so that the second overlaps the
+    first."""
     bound = BoundLaunch(launch, module, lambda name: tensors[name].data_ptr(), sizes, overlap=True)
     out = tensors[launch.arguments[0].buffer]  # type: ignore[union-attr]
     out.fill_(float("nan"))
     for _ in range(2):
         bound(torch.cuda.current_stream().cuda_stream)
-    return float((out.float() - want.float()).norm() / want.float().norm())
+    off = (out.float() - want.float()).norm(dim=1) / want.float().norm(dim=1)
+    return float(off.max())
 
 
 # -- speed ---------------------------------------------------------------------------------------
 
 
-def products_alone(executable: CudaExecutable) -> Callable[[], float]:
+def products_alone(executable: CudaExecutable, batch: int) -> Callable[[], float]:
     """A function that gives the seconds of the products of a decode step, without the rest."""
-    program = executable.memory.programs[1]
+    buckets = (p for p in executable.memory.programs if p.shape.decode)
+    program = next(p for p in buckets if p.shape.tokens == batch)
     calls = [
         executable.bind(instruction, program)
         for instruction in program.instructions
         if isinstance(instruction.call, Matmul)
-        or (
-            isinstance(instruction.call, Launch)
-            and instruction.call.kernel.entry in ("gemv", "stream_gemm")
-        )
+        or (isinstance(instruction.call, Launch) and instruction.call.kernel.entry in OURS)
     ]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -265,58 +267,69 @@ def kernel_ends(run: Callable[[], Any]) -> list[float]:
 
 
 def _label(call: Launch) -> str:
-    if call.kernel.entry not in ("gemv", "stream_gemm"):
+    if call.kernel.entry not in OURS:
         return call.kernel.entry
-    weight = call.arguments[2]
-    if isinstance(weight, TensorMap):
-        weight = weight.weight
-    assert isinstance(weight, Operand)
-    return f"{call.kernel.entry} {weight.shape[0]} x {weight.shape[1]}"
+    features, k = weight_of(call).shape
+    return f"{call.kernel.entry} {features} x {k}"
 
 
-def measure(name: str, bandwidth: float, variants: Mapping[str, Products]) -> list[dict[str, Any]]:
-    """Each variant's times, and how far its logits are from torch's."""
+def measure(study: Study, name: str, bandwidth: float, wrong: set[str]) -> list[dict[str, Any]]:
+    """The times of each variant that is not wrong, and how far its logits are from torch's."""
     config = MODELS[name]
     graph = prepared(config)
     weights = random_weights(graph)
     executables = {
-        variant: load(graph, weights, LIMITS, products) for variant, products in variants.items()
+        variant: load(graph, weights, study.limits, products)
+        for variant, products in study.variants.items()
+        if variant not in wrong
     }
-    step = decode_step(1, KV_LEN, LIMITS.block_size)
-    logits = {variant: each.step(step).logits for variant, each in executables.items()}
-    chains = {variant: products_alone(each) for variant, each in executables.items()}
-    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
-    for _ in range(ROUNDS):
-        for variant, executable in executables.items():
-            times[variant].append((device_step(executable, 1, KV_LEN), chains[variant]()))
-    floor = bytes_read(graph, config, KV_LEN) / bandwidth
     rows = []
-    for variant, rounds in times.items():
-        whole, alone = (statistics.median(values) for values in zip(*rounds, strict=True))
-        off = _distance(logits[variant], logits["torch"])
-        rows.append(
-            {
-                "model": name, "variant": variant, "device_step_ms": whole * 1e3,
-                "products_ms": alone * 1e3, "floor_ms": floor * 1e3, "over_floor": whole / floor,
-                "logits_off": off, "wrong": not off <= LOGITS_TOLERANCE,
-                "tuning": dataclasses.asdict(variants[variant]),
-            }
-        )  # fmt: skip
-        click.echo(
-            f"{name} {variant:28} step {whole * 1e3:6.3f}  products {alone * 1e3:6.3f}  floor "
-            f"{floor * 1e3:6.3f} ms  {whole / floor:.3f} of floor  logits {off:.1e} off"
-            f"{'  WRONG' if rows[-1]['wrong'] else ''}"
-        )
-    for row in rows:  # the profiler comes last: it slows down what is measured beside it
+    for batch in study.batches:
+        floor = bytes_read(graph, config, KV_LEN, batch) / bandwidth
+        case = {"model": name, "batch": batch, "floor_ms": floor * 1e3}
+        rows += [
+            case | row | {"tuning": dataclasses.asdict(study.variants[row["variant"]])}
+            for row in measure_batch(executables, batch, floor)
+        ]
+    # The profiler comes last: it slows down what is measured beside it.
+    step = decode_step(study.rows, KV_LEN, study.limits.block_size)
+    largest = [row for row in rows if row["batch"] == study.rows]
+    for row in largest:
         row["us_between_ends"] = between_ends(executables[row["variant"]], step)
-    fastest = min(rows, key=lambda row: row["device_step_ms"])
+    fastest = min(largest, key=lambda row: row["device_step_ms"])
     click.echo(f"of {fastest['variant']}, each kernel's end behind that of the one before:")
     for kernel, (count, mean) in fastest["us_between_ends"].items():
         click.echo(f"  {kernel:28} {count:4} x {mean:7.2f} us")
-    chains.clear()
     for executable in executables.values():
         executable.close()
     return rows
+
+
+def measure_batch(
+    executables: Mapping[str, CudaExecutable], batch: int, floor: float
+) -> Iterator[dict[str, Any]]:
+    """The times of each variant in steps of `batch` sequences."""
+    any_of_them = next(iter(executables.values()))
+    step = decode_step(batch, KV_LEN, any_of_them.limits.block_size)
+    logits = {variant: each.step(step).logits for variant, each in executables.items()}
+    chains = {variant: products_alone(each, batch) for variant, each in executables.items()}
+    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in executables}
+    for _ in range(ROUNDS):
+        for variant, executable in executables.items():
+            times[variant].append((device_step(executable, batch, KV_LEN), chains[variant]()))
+    for variant, rounds in times.items():
+        whole, alone = (statistics.median(values) for values in zip(*rounds, strict=True))
+        off = _distance(logits[variant], logits["torch"])
+        row = {
+            "variant": variant, "device_step_ms": whole * 1e3, "products_ms": alone * 1e3,
+            "over_floor": whole / floor, "logits_off": off, "wrong": not off <= LOGITS_TOLERANCE,
+        }  # fmt: skip
+        click.echo(
+            f"batch {batch} {variant:28} step {whole * 1e3:6.3f}  products {alone * 1e3:6.3f}  "
+            f"floor {floor * 1e3:6.3f} ms  {whole / floor:.3f} of floor  logits {off:.1e} off"
+            f"{'  WRONG' if row['wrong'] else ''}"
+        )
+        yield row
 
 
 def _distance(values: Any, wanted: Any) -> float:
@@ -326,15 +339,17 @@ def _distance(values: Any, wanted: Any) -> float:
 
 @click.command(help=__doc__)
 @click.option("--model", "models", multiple=True, default=tuple(MODELS), show_default=True)
+@click.option("--rows", type=click.IntRange(1, 8), default=1, show_default=True)
 @click.option("--json", "output", type=Path)
-def main(models: tuple[str, ...], output: Path | None) -> None:
+def main(models: tuple[str, ...], rows: int, output: Path | None) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
         raise click.ClickException("this needs an NVIDIA GPU of compute capability 9.0 or more")
     major, minor = torch.cuda.get_device_capability()
     torch.manual_seed(0)
+    study = study_of(rows)
     checks: list[dict[str, Any]] = []
     for name in models:
-        checks += check_products(MODELS[name], f"sm_{major}{minor}")
+        checks += check_products(study, MODELS[name], f"sm_{major}{minor}")
         torch.cuda.empty_cache()
     wrong = {check["tuning"] for check in checks if check["wrong"]}
     off = max(check["error"] for check in checks)
@@ -350,12 +365,13 @@ def main(models: tuple[str, ...], output: Path | None) -> None:
         },
         "read_bandwidth_tb_per_s": bandwidth / 1e12,
         "kv_len": KV_LEN,
+        "rows": rows,
         "checks": checks,
         "cases": [],
     }  # fmt: skip
-    timed = {variant: products for variant, products in VARIANTS.items() if variant not in wrong}
     for name in models:
-        report["cases"] += measure(name, bandwidth, timed)
+        click.echo(name)
+        report["cases"] += measure(study, name, bandwidth, wrong)
         torch.cuda.empty_cache()
         if output:  # what there is, should the next be cut off
             output.parent.mkdir(parents=True, exist_ok=True)

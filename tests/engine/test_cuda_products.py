@@ -18,6 +18,7 @@ from llmforge.engine.cuda.state import MEASURED, Products
 from llmforge.engine.cuda.target import CudaTarget, programs
 from llmforge.kernels.gemv import GemvTuning
 from llmforge.kernels.launch import Launch
+from llmforge.kernels.rows import RowsTuning
 from llmforge.model.decoder import trace
 from llmforge.model.reference import LOCAL, REFERENCE
 from llmforge.parallel import Topology
@@ -52,18 +53,69 @@ def test_more_rows_are_as_before() -> None:
     for size in (2, 4):
         chosen = [decodes(REAL[1], each)[size] for each in (MEASURED, Products("gemv"))]
         assert chosen[0] == chosen[1] and entries(chosen[0])["stream_gemm"] == 5
+        wide = [decodes(REAL[0], each)[size] for each in (MEASURED, Products("gemv"))]
+        assert wide[0] == wide[1] and entries(wide[0])["Matmul"] == 5
 
 
-@pytest.mark.parametrize("products", [MEASURED, Products("gemv")], ids=["measured", "gemv"])
+@pytest.mark.parametrize("config", REAL[:2], ids=lambda c: f"hidden {c.hidden_size}")
+def test_few_rows_go_to_the_kernel_that_is_asked_for(config: ModelConfig) -> None:
+    for size in (2, 4):
+        ours = decodes(config, Products(few_rows="rows_gemm"))[size]
+        assert entries(ours)["rows_gemm"] == 5 and entries(ours)["rms_norm"] == 0
+        assert entries(ours)["stream_gemm"] == entries(ours)["Matmul"] == 0
+        streamed = entries(decodes(config, Products(few_rows="stream_gemm"))[size])
+        assert streamed["stream_gemm"] == 5 and streamed["rows_gemm"] == 0
+        assert entries(decodes(config, Products(few_rows="torch"))[size])["Matmul"] == 5
+    for chosen in ("stream_gemm", "rows_gemm", "torch"):
+        one = decodes(config, Products(few_rows=chosen))[1]
+        assert one == decodes(config, MEASURED)[1], "one row has its own choice"
+
+
+def test_more_than_eight_rows_are_torchs() -> None:
+    graph = CudaTarget().prepare(trace(REAL[1], Topology(), 0))
+    limits = dataclasses.replace(LIMITS, max_batch_size=16)
+    chosen = Products("gemv", few_rows="rows_gemm")
+    *_, eight, sixteen = programs(graph, limits, "sm_90", products=chosen)
+    assert (eight.shape.tokens, sixteen.shape.tokens) == (8, 16)
+    assert entries(eight)["rows_gemm"] == 5 and entries(sixteen)["Matmul"] == 5
+
+
+def test_what_rows_gemm_does_not_take_goes_on() -> None:
+    chosen = Products(few_rows="rows_gemm")
+    found = entries(decodes(REAL[2], chosen)[4])  # over 18944 elements for the last of a layer
+    assert (found["rows_gemm"], found["Matmul"]) == (4, 1)
+    found = entries(decodes(REAL[3], chosen)[4])  # over 6912
+    assert (found["rows_gemm"], found["stream_gemm"]) == (4, 1)
+    whole = of_dtype(MODELS["wide"], "float32")
+    assert set(entries(decodes(whole, chosen)[4])).isdisjoint({"rows_gemm", "stream_gemm"})
+
+
+def test_the_scratch_is_as_large_as_the_product_that_needs_most_of_it() -> None:
+    program = decodes(REAL[0], Products(few_rows="rows_gemm"))[4]
+    sums = [
+        call.arguments[6].features
+        for call in (i.call for i in program.instructions)
+        if isinstance(call, Launch) and call.kernel.entry == "rows_gemm"
+    ]
+    # 4 blocks share the rows of the last product of the layer, 8 rows of x, float32.
+    assert sums == [1, 1, 1, 4 * 4096 * 8, 1]
+
+
+@pytest.mark.parametrize(
+    "products",
+    [MEASURED, Products("gemv"), Products(few_rows="rows_gemm")],
+    ids=["measured", "gemv", "rows_gemm"],
+)
 def test_gpus_without_bulk_copies_or_room_for_two_rings_multiply_by_torch(
     products: Products,
 ) -> None:
     for arch in ("sm_80", "sm_120"):
-        program = decodes(REAL[1], products, arch)[1]
-        assert entries(program)["Matmul"] == 5
-        calls = [i.call for i in program.instructions if isinstance(i.call, Launch)]
-        assert max(call.shared_bytes for call in calls) < 99 << 10
-    assert entries(decodes(REAL[1], products, "sm_100")[1])["Matmul"] == 0
+        for program in decodes(REAL[1], products, arch).values():
+            assert entries(program)["Matmul"] == 5
+            calls = [i.call for i in program.instructions if isinstance(i.call, Launch)]
+            assert max(call.shared_bytes for call in calls) < 99 << 10
+    for program in decodes(REAL[1], products, "sm_100").values():
+        assert entries(program)["Matmul"] == 0
 
 
 def test_what_gemv_does_not_take_goes_on() -> None:
@@ -76,13 +128,14 @@ def test_what_gemv_does_not_take_goes_on() -> None:
 
 
 def test_every_second_product_is_alone() -> None:
-    program = decodes(REAL[0], Products("gemv"))[1]
-    sizes = [
-        call.shared_bytes
-        for call in (i.call for i in program.instructions)
-        if isinstance(call, Launch) and call.kernel.entry == "gemv"
-    ]
-    assert [2 * size > 226 << 10 for size in sizes] == [False, True, False, True, False]
+    for entry, rows in (("gemv", 1), ("rows_gemm", 4)):
+        program = decodes(REAL[0], Products("gemv", few_rows="rows_gemm"))[rows]
+        sizes = [
+            call.shared_bytes
+            for call in (i.call for i in program.instructions)
+            if isinstance(call, Launch) and call.kernel.entry == entry
+        ]
+        assert [2 * size > 226 << 10 for size in sizes] == [False, True, False, True, False]
 
 
 @pytest.fixture
@@ -93,30 +146,36 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return cuda_products
 
 
+@pytest.mark.parametrize("rows", [1, 8])
 def test_the_benchmark_has_every_product_by_the_kernel_that_it_names(
-    benchmark: ModuleType,
+    benchmark: ModuleType, rows: int
 ) -> None:
+    study = benchmark.study_of(rows)
+    assert study.batches == ((1,) if rows == 1 else (2, 4, 8))
     for name, config in benchmark.MODELS.items():
         for checked in benchmark.checked_configs(config):
-            for variant, products in benchmark.VARIANTS.items():
-                found = entries(
-                    programs(
-                        benchmark.prepared(checked), benchmark.LIMITS, "sm_90", products=products
-                    )[1]
-                )
-                entry = "Matmul" if variant == "torch" else products.one_row
-                assert found[entry] == 5, (name, variant, found)
-                if entry == "gemv":
-                    launches = benchmark.products_of(checked, products, "sm_90")
-                    assert len(list(launches)) == 5
+            graph = benchmark.prepared(checked)
+            for variant, products in study.variants.items():
+                *_, largest = programs(graph, study.limits, "sm_90", products=products)
+                assert largest.shape.tokens == study.rows
+                entry = products.one_row if study.rows == 1 else products.few_rows
+                found = entries(largest)
+                assert found["Matmul" if entry == "torch" else entry] == 5, (name, variant, found)
+                if study.checks(products):
+                    launches = list(benchmark.products_of(study, checked, products, "sm_90"))
+                    assert len(launches) == 5
+                    assert all(launch.kernel.entry == study.entry for launch in launches)
 
 
-def test_the_benchmark_expects_what_the_ops_mean(benchmark: ModuleType) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_benchmark_expects_what_the_ops_mean(benchmark: ModuleType, rows: int) -> None:
+    study = benchmark.study_of(rows)
+    products = Products("gemv", few_rows="rows_gemm", rows=RowsTuning(warps=4))
     config = dataclasses.replace(MODELS["wide-biases"], num_layers=1, sliding_window=(None,))
     torch.manual_seed(1)
     seen = set()
-    for launch in benchmark.products_of(of_dtype(config, "bfloat16"), Products("gemv"), "sm_90"):
-        tensors = benchmark.random_operands(launch, "cpu")
+    for launch in benchmark.products_of(study, of_dtype(config, "bfloat16"), products, "sm_90"):
+        tensors = benchmark.random_operands(launch, rows, "cpu")
         out, x, weight, bias, residual, norm = (
             tensors[o.buffer] if o else None for o in launch.arguments[:6]
         )

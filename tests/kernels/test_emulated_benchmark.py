@@ -22,6 +22,7 @@ from emulation.executable import emulated, emulated_gpu
 from llmforge.engine.cuda.executable import CudaExecutable
 from llmforge.engine.cuda.state import Products
 from llmforge.kernels.gemv import GemvTuning
+from llmforge.kernels.rows import RowsTuning
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -33,6 +34,11 @@ VARIANTS = {
     "torch": Products("torch"),
     "gemv": Products("gemv"),
     "4 warps": Products("gemv", GemvTuning(warps=4, piece=1024)),
+}
+FEW_ROWS = {
+    "stream_gemm": Products(few_rows="stream_gemm"),
+    "torch": Products(few_rows="torch"),
+    "4 warps": Products(few_rows="rows_gemm", rows=RowsTuning(warps=4, piece=256)),
 }
 
 
@@ -87,6 +93,7 @@ class Torch:
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", [str(Path("benchmarks").absolute()), *sys.path])
     import cuda_products
+    from product_studies import Study
 
     device = Device()
 
@@ -102,8 +109,13 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         run()
         return [1000.0 * step + i * i for step in range(5) for i in range(10)]
 
+    def study_of(rows: int) -> Study:
+        if rows == 1:
+            return Study("gemv", VARIANTS)
+        return Study("rows_gemm", FEW_ROWS, rows)
+
     replaced = {
-        "torch": Torch(), "MODELS": {"tiny": MODEL}, "VARIANTS": VARIANTS, "load": load,
+        "torch": Torch(), "MODELS": {"tiny": MODEL}, "study_of": study_of, "load": load,
         "random_weights": lambda graph: {}, "read_bandwidth": lambda: 4e12,
         "BoundLaunch": EmulatedLaunch,
         "compiled": lambda launches, arch: [device.module(call.kernel) for call in launches],
@@ -136,6 +148,23 @@ def test_it_checks_and_times_every_variant(benchmark: ModuleType, tmp_path: Path
     )
     assert ends["torch"] == {}, "the library's kernels are not known"
     assert Graph.replayed and report["gpu"] == "an emulated GPU"
+
+
+def test_it_does_so_for_more_rows(benchmark: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "products.json"
+    with emulated_gpu():
+        arguments = ["--model", "tiny", "--rows", "3", "--json", str(out)]
+        result = CliRunner().invoke(benchmark.main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "10 products, at most" in result.output and "wrong: none" in result.output
+    report = json.loads(out.read_text())
+    cases = [(case["batch"], case["variant"]) for case in report["cases"]]
+    assert cases == [(batch, variant) for batch in (2, 3) for variant in FEW_ROWS]
+    assert not any(case["wrong"] for case in report["cases"])
+    floors = [case["floor_ms"] for case in report["cases"]]
+    assert floors[0] < floors[-1], "more sequences have more keys and values"
+    profiled = [case["us_between_ends"] for case in report["cases"] if case["batch"] == 3]
+    assert profiled[-1]["rows_gemm 768 x 512"] == [1, 3.0] and report["rows"] == 3
 
 
 def test_a_variant_with_a_wrong_product_is_named_and_not_timed(
