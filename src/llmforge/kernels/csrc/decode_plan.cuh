@@ -7,16 +7,15 @@
 // gives every block whole pairs, a k-th of it up to k parts of a pair, and 1 gives all blocks the
 // same number of units, wherever pairs end. Of those the cheapest is taken: a block takes as long as
 // its share is, and joining the parts of a pair has a price.
-//   WINDOW, KV_HEADS, WARPS: as the kernel has them.
+//   WINDOW, KV_HEADS, WARPS: as the kernel has them. JOIN_COST: that price, in half units as a block
+//   reads them while others read too; further parts are half a unit each. A unit takes 0.15 to 0.2 us
+//   then, to write a part and be the last to join about 2.5, to join one more some 0.08.
 #pragma once
 
 #define UNIT 16
 #define THREADS (WARPS * 32)
 #define CANDIDATES 16
-// In half units, as one block reads them while others read too (0.15 to 0.2 us a unit): writing a part
-// and being the last to join takes about 2.5 us, each further part some 80 ns.
-#define JOIN_COST 32
-#define JOIN_COST_UNEVEN 40
+#define JOIN_COST_UNEVEN (JOIN_COST + 8)  // nearly every block has two parts
 
 DEVICE int up(int x, int y) { return (x + y - 1) / y; }
 // Units that lie wholly before the window of a sequence's last token.
