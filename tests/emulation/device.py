@@ -149,7 +149,10 @@ class EmulatedLaunch:
     def _check_places(self, addresses: np.ndarray[Any, Any]) -> None:
         """That each of them lies within an operand."""
         allowed = np.zeros(len(addresses), bool)
+        watched = self._module.device.watched
         for operand, start in self._operands:
+            if not 0 <= start - watched.ctypes.data < watched.nbytes:
+                continue
             sizes = [d if isinstance(d, int) else self._sizes.get(d) for d in operand.shape]
             itemsize = DTYPE_BYTES[operand.dtype]
             first = start + operand.offset * itemsize

@@ -67,15 +67,18 @@ def _capture(runner: Any) -> None:
 
 @contextlib.contextmanager
 def emulated_gpu(arch: str = "sm_90") -> Iterator[None]:
-    """Within it, executables run on emulated GPUs."""
-    fake = _Torch(arch)
+    """Within it, executables run on emulated GPUs, and torch on one thread: its products are tiny,
+    and others that test at the same time want their processors."""
+    fake, threads = _Torch(arch), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         for module in (executable, buffers):
             patch.setattr(module, "torch", fake)
         patch.setattr(executable, "BoundLaunch", EmulatedLaunch)
         patch.setattr(executable._Runner, "capture", _capture)
         patch.setattr(ranks, "DriverMemory", EmulatedMemory)
+        torch.set_num_threads(1)
         yield
+    torch.set_num_threads(threads)
 
 
 class _Modules(Mapping[str, EmulatedModule]):
@@ -105,12 +108,18 @@ def emulated(
     products: Products = MEASURED,
 ) -> executable.CudaExecutable:
     """The executable of a prepared graph. Wants `emulated_gpu(arch)` around it and its steps."""
+    torch.set_num_threads(1)  # for the thread of a rank too
     tensors = {p.name: _tensor(weights.read(p), p.dtype) for p in graph.parameters}
     specs = engine_kernels(graph, limits, arch, products)
     libraries(list(specs.values()), arch)
     joined = ranks.Ranks(comm or LocalComm(), topology or Topology(), torch.device("cpu"))
     modules: Any = _Modules(specs, arch, seed)
-    return executable.CudaExecutable(graph, tensors, modules, arch, limits, joined, products)
+    made = executable.CudaExecutable(graph, tensors, modules, arch, limits, joined, products)
+    # Not the caches: what earlier steps wrote there may be read at once.
+    scratch = [t for name, t in made.memory.tensors.items() if name.startswith("scratch.")]
+    modules.device.hide([made.memory.arena, *scratch])
+    modules.device.watch(made.memory.arena)
+    return made
 
 
 def _tensor(array: Any, dtype: str) -> torch.Tensor:

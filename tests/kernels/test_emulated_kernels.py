@@ -83,15 +83,15 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
 def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype):
     """Logits of few different values, so that many are equal at every bound."""
     rng, rows = np.random.default_rng(vocab), 120
-    steps = torch.from_numpy(rng.integers(-12, 13, (rows, vocab))) / 4
+    steps = torch.from_numpy(rng.integers(-12, 13, (rows, vocab))) / 8
     logits = torch.where(torch.from_numpy(rng.random((rows, vocab)) < 0.02), -torch.inf, steps)
     logits[:, 0] = 0.0  # no row has nothing but -inf
     logits = logits.to(dtype)
     drawn_by = [
         SampleRow(random_params(rng), int(rng.integers(2**40)), history)
-        for history in rng.integers(0, vocab, (rows, 20)).astype(np.int32)
+        for history in rng.integers(0, vocab, (rows, vocab // 2)).astype(np.int32)
     ]
-    params, history = np.zeros(rows, PARAMS), np.zeros(20 * rows, np.int32)
+    params, history = np.zeros(rows, PARAMS), np.zeros(rows * vocab, np.int32)
     fill_params(params, drawn_by, history)
     bench = Bench()
     bench.tensors.update(

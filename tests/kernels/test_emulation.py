@@ -32,8 +32,11 @@ def run(body, seed=0, dtype="float32", threads=64, x=None, out=None, shared=0, h
     return bench.tensors["out"]
 
 
+SEEDS = 8
+
+
 def results(body, **options):
-    return [run(body, seed, **options).tolist() for seed in range(4)]
+    return [run(body, seed, **options).tolist() for seed in range(SEEDS)]
 
 
 REVERSE = "__shared__ int a[64]; const int i = threadIdx.x; a[i] = i; %s out[i] = a[63 - i];"
@@ -41,11 +44,22 @@ REVERSE = "__shared__ int a[64]; const int i = threadIdx.x; a[i] = i; %s out[i] 
 
 def test_what_wants_a_barrier_shows_without_it():
     right = list(range(63, -1, -1))
-    assert results(REVERSE % "__syncthreads();") == [right] * 4
-    assert right not in results(REVERSE % "")
+    assert results(REVERSE % "__syncthreads();") == [right] * SEEDS
+    assert any(found != right for found in results(REVERSE % ""))
     in_warp = REVERSE.replace("63 - i", "i ^ 1")
-    assert results(in_warp % "__syncwarp();") == [[i ^ 1 for i in range(64)]] * 4
-    assert [i ^ 1 for i in range(64)] not in results(in_warp % "")
+    assert results(in_warp % "__syncwarp();") == [[i ^ 1 for i in range(64)]] * SEEDS
+    assert any(found != [i ^ 1 for i in range(64)] for found in results(in_warp % ""))
+
+
+def test_a_warp_that_runs_ahead_shows_what_it_overwrites():
+    """Two sums over the block: the second must not begin before all have read the first."""
+    body = """
+    __shared__ float scratch[2];
+    float a = block_sum(1, scratch); %s float b = block_sum(2, scratch);
+    out[threadIdx.x] = (int)(a + b);
+    """
+    assert results(body % "__syncthreads();") == [[192] * 64] * SEEDS
+    assert any(found != [192] * 64 for found in results(body % ""))
 
 
 def test_shared_memory_that_nobody_wrote_is_wild():
@@ -161,7 +175,7 @@ out[i] = a[i];
 def test_who_does_not_wait_for_a_copy_has_not_got_it(body, wait):
     x = torch.arange(64, dtype=torch.int32).view(torch.float32)
     right = list(range(64))
-    assert results(body % wait, x=x) == [right] * 4
+    assert results(body % wait, x=x) == [right] * SEEDS
     assert any(found != right for found in results(body % "", x=x))
     with pytest.raises(EmulationError, match="a barrier that nobody completes"):
         run(BULK.replace("256, &b", "240, &b") % "barrier_wait(&barrier, 0);", x=x)

@@ -1,6 +1,7 @@
 // An emulation of a GPU: the threads of a block are fibers, which give way to each other where they
 // wait. Blocks run one after another. Which fiber goes on is drawn, so that what wants a barrier and
-// has none shows; the same seed draws the same.
+// has none shows: in some blocks at each turn, in others one warp after another runs as far as it
+// can. The same seed draws the same.
 #pragma once
 #include "types.h"
 
@@ -71,6 +72,7 @@ static void* host_stack;
 static const char* failure;
 static char failure_text[512];
 static uint64_t random_state;
+static bool depth_first, descending;  // how the present block's fibers take turns
 static void (*body)(void**);
 static void** body_arguments;
 __attribute__((aligned(1024))) static char dynamic_shared[MAX_SHARED];
@@ -115,9 +117,10 @@ __attribute__((noinline)) static void fail_stuck() {
 }
 
 // Lets another fiber go on; returns when this one is drawn again.
-__attribute__((noinline)) static void give_way() {
+__attribute__((noinline)) static void give_way(bool to_any = false) {
     if (ready_count == 0) fail_stuck();
-    const int at = draw(ready_count), next = ready[at];
+    const int at = depth_first && !to_any ? ready_count - 1 : draw(ready_count);
+    const int next = ready[at];
     ready[at] = ready[--ready_count];
     const int self = current;
     if (next == self) return;
@@ -135,7 +138,7 @@ inline void wake(int fiber) {
 // A fiber that looks again and again for what others do.
 inline void poll() {
     ready[ready_count++] = current;
-    give_way();
+    give_way(true);
 }
 
 inline void release_barrier_if_all_wait() {
@@ -143,8 +146,10 @@ inline void release_barrier_if_all_wait() {
     barrier_state.waiting = 0;
     barrier_state.phase++;
     barrier_state.counts[barrier_state.phase % 2] = 0;
-    for (unsigned i = 0; i < blockDim.x; i++)
-        if (fibers[i].waits && fibers[i].line) wake(i);
+    for (unsigned i = 0; i < blockDim.x; i++) {
+        const int fiber = descending ? blockDim.x - 1 - i : i;
+        if (fibers[fiber].waits && fibers[fiber].line) wake(fiber);
+    }
 }
 
 // __syncthreads: how many threads gave a `vote` that is not zero.
@@ -164,8 +169,10 @@ __attribute__((noinline)) static int meet_block(int line, bool vote) {
 inline void complete_if_all_came(int warp, Meeting& meeting) {
     const unsigned wanted = meeting.mask & warps[warp].alive;
     if (!meeting.arrived || (meeting.arrived & wanted) != wanted) return;
-    for (int lane = 0; lane < WARP; lane++)
+    for (int i = 0; i < WARP; i++) {
+        const int lane = descending ? WARP - 1 - i : i;
         if (meeting.arrived >> lane & 1) wake(warp * WARP + lane);
+    }
     meeting.what = nullptr;  // closed: who comes later opens another
 }
 
@@ -261,6 +268,7 @@ static void run_block(char* stacks, size_t shared_bytes) {
     memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
     memset(dynamic_shared, 0xff, shared_bytes);
     reset_copies();
+    depth_first = draw(2), descending = draw(2);
     memset(&barrier_state, 0, sizeof barrier_state);
     alive = blockDim.x, ready_count = 0;
     for (int i = 0; i < alive; i++) {
