@@ -26,19 +26,26 @@ QUICK = (
     ("sinks-and-limited-experts", "bfloat16"),
 )
 CASES = [
-    pytest.param(name, dtype, marks=() if (name, dtype) in QUICK else pytest.mark.slow)
+    pytest.param(name, dtype, "sm_90", marks=() if (name, dtype) in QUICK else pytest.mark.slow)
     for name in MODELS
     for dtype in ("float32", "bfloat16")
 ]
+# GPUs without bulk copies leave more products to torch.
+CASES += [
+    pytest.param("wide", "bfloat16", "sm_80"),
+    pytest.param("experts", "bfloat16", "sm_80", marks=pytest.mark.slow),
+    pytest.param("wide-biases", "float16", "sm_80", marks=pytest.mark.slow),
+    pytest.param("wide-biases", "float16", "sm_90", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_every_instruction(name, dtype):
+@pytest.mark.parametrize(("name", "dtype", "arch"), CASES)
+def test_every_instruction(name, dtype, arch):
     config = of_dtype(MODELS[name], dtype)
     weights = RandomWeights(config, seed=7)
     graph = CudaTarget().prepare(trace(config, Topology(), 0))
-    with emulated_gpu():
-        cuda = emulated(graph, weights, LIMITS)
+    with emulated_gpu(arch):
+        cuda = emulated(graph, weights, LIMITS, arch)
         for prompts in ((1, 1, 1), (19, 1, 40)):
             batch = Driver(LIMITS, config.vocab_size, 3, prompts).batch(list(prompts))
             check_instructions(cuda, graph, weights, batch, LOCAL, dtype)

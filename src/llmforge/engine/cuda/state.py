@@ -18,6 +18,8 @@ from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits
 from llmforge.kernels import stream
 from llmforge.kernels.attention import Cache
+from llmforge.kernels.decode_attention import DEFAULT_TUNING as DEFAULT_DECODE_TUNING
+from llmforge.kernels.decode_attention import DecodeTuning
 from llmforge.kernels.gemv import DEFAULT_TUNING, GemvTuning
 from llmforge.kernels.launch import Dim, Operand
 from llmforge.kernels.rows import DEFAULT_ROWS, RowsTuning
@@ -43,6 +45,7 @@ class Products:
     one_row: Literal["stream_gemm", "gemv", "torch"] = "stream_gemm"
     gemv: GemvTuning = DEFAULT_TUNING
     attention: AttentionKernel = "separate"
+    decode: DecodeTuning = DEFAULT_DECODE_TUNING
     few_rows: Literal["stream_gemm", "rows_gemm", "torch"] | None = None
     rows: RowsTuning = DEFAULT_ROWS
 
