@@ -199,11 +199,10 @@ def _off(got: torch.Tensor, want: torch.Tensor, head_dim: int) -> float:
     return float(off.nan_to_num(torch.inf).max())
 
 
-def compare(case: Case, run: Run, seed: int = 0) -> dict[str, float]:
-    """How far decode_attention.cu is off: of plain torch ("out"), of the kernels for which it is
-    ("others"), and with what it writes into the caches of plain torch ("cache"); "counters": those
-    that are not zero again."""
-    tensors = drawn(case, seed)
+def compare(case: Case, tensors: Tensors, run: Run) -> dict[str, float]:
+    """With what was drawn for a case, how far decode_attention.cu is off: of plain torch ("out"),
+    of the kernels for which it is ("others"), and with what it writes into the caches of plain
+    torch ("cache"); "counters": those that are not zero again."""
     want = expected(case, tensors)
     results = {}
     for fused in (False, True):

@@ -3,11 +3,11 @@
     python benchmarks/cuda_attention.py [--model llama-3.1-8b] [--json FILE]
 
 First both are checked beside plain torch and beside each other (attention_cases.py: random inputs,
-outputs that are not numbers before, ragged lengths). Then whole decode steps of four layers are
-timed, as CUDA graphs with early starts as the engine launches them, once with each, and once
-without what follows the product of q, k and v up to attention; the difference over the layers is
-what attention costs. The floor of that: the bytes of the keys and values over the bandwidth that
-reading a large buffer reaches in the same run.
+outputs that are not numbers before, ragged lengths). Then whole decode steps of two layers are
+timed, as CUDA graphs with early starts as the engine launches them, once with each (and tunings of
+the second), and once without what follows the product of q, k and v up to attention; the difference
+over the layers is what attention costs. The floor of that: the bytes of the keys and values over
+the bandwidth that reading a large buffer reaches in the same run.
 """
 
 from __future__ import annotations
@@ -16,32 +16,40 @@ import dataclasses
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from attention_cases import CASES, RAGGED, Case, Tensors, compare, wrong
+from attention_cases import CASES, RAGGED, Case, Tensors, compare, drawn, launches, wrong
 from cuda_speed import MODELS, load, prepared, random_weights, read_bandwidth
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.engine.cuda.executable import CudaExecutable
-from llmforge.engine.cuda.state import AttentionKernel, Products
+from llmforge.engine.cuda.state import Products
 from llmforge.engine.step import Limits, StepBatch
 from llmforge.kernels.compile import DEFAULT_CACHE, KernelSpec, compile_kernel, compiler_version
+from llmforge.kernels.decode_attention import DecodeTuning
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
 from llmforge.kernels.launch import Launch
 
-LAYERS = 4  # their weights are several times what the L2 cache holds
+LAYERS = 2  # their weights are many times what the L2 cache holds
 VOCAB = 1024
 BATCHES = (1, 8, 32, 128, 256)
 KEYS = (256, 1536, 4096)
 LONGEST = 16384
 LIMITS = Limits(max(BATCHES), LONGEST, 2048, 32, max(BATCHES) * max(KEYS) // 32)
 ROUNDS, REPEAT = 3, 15
-KERNELS: tuple[AttentionKernel, ...] = ("separate", "fused")
+VARIANTS = {
+    "separate": Products(),
+    "fused": Products(attention="fused"),
+    "fused, rings of 96 KB": Products(attention="fused", decode=DecodeTuning(ring_bytes=96 << 10)),
+    "fused, dividing costs nothing": Products(attention="fused", decode=DecodeTuning(join_cost=0)),
+    "fused, not divided": Products(attention="fused", decode=DecodeTuning(join_cost=1 << 20)),
+}
 ATTENTION = frozenset({"qkv", "attention", "attention_simple", "decode_attention"})
 LOGITS_TOLERANCE = 3e-2  # of the whole, relative to its norm
 
@@ -56,11 +64,18 @@ LONG = (
 
 
 class Launcher:
-    """Runs single launches on the GPU."""
+    """Runs single launches on the GPU, of kernels that are compiled side by side before."""
 
-    def __init__(self, arch: str) -> None:
-        self._arch = arch
-        self._modules: dict[str, Module] = {}
+    def __init__(self, specs: Iterable[KernelSpec], arch: str) -> None:
+        wanted = {spec.key: spec for spec in specs}
+        with ThreadPoolExecutor() as pool:
+            compiled = pool.map(
+                lambda spec: compile_kernel(spec, arch, DEFAULT_CACHE), wanted.values()
+            )
+            self._modules = {
+                key: Module(result.image, wanted[key].entry)
+                for key, result in zip(wanted, compiled, strict=True)
+            }
         self._sizes = Sizes(("tokens", "sequences", "longest_query", "processors"))
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         self._sizes.set("processors", processors)
@@ -73,7 +88,7 @@ class Launcher:
         there = {name: tensor.cuda() for name, tensor in tensors.items()}
         bound = BoundLaunch(
             launch,
-            self._module(launch.kernel),
+            self._modules[launch.kernel.key],
             lambda name: there[name].data_ptr(),
             self._sizes,
             overlap=torch.cuda.get_device_capability()[0] >= 9,
@@ -82,19 +97,19 @@ class Launcher:
         for name, tensor in there.items():
             tensors[name].copy_(tensor)
 
-    def _module(self, spec: KernelSpec) -> Module:
-        if spec.key not in self._modules:
-            image = compile_kernel(spec, self._arch, DEFAULT_CACHE).image
-            self._modules[spec.key] = Module(image, spec.entry)
-        return self._modules[spec.key]
+
+def kernels_of(case: Case, tensors: Tensors) -> list[KernelSpec]:
+    both = [launches(case, tensors, fused=fused) for fused in (False, True)]
+    return [launch.kernel for calls in both for launch in calls]
 
 
 def check(arch: str) -> list[dict[str, Any]]:
     """What each case is off, and whether that is wrong."""
-    launcher = Launcher(arch)
+    cases = [(case, drawn(case, seed)) for seed, case in enumerate((*CASES, *LONG))]
+    launcher = Launcher((spec for each in cases for spec in kernels_of(*each)), arch)
     found = []
-    for seed, case in enumerate((*CASES, *LONG)):
-        off = compare(case, launcher.run, seed)
+    for case, tensors in cases:
+        off = compare(case, tensors, launcher.run)
         found.append({"case": dataclasses.asdict(case), "off": off, "wrong": wrong(case, off)})
         if found[-1]["wrong"]:
             click.echo(f"wrong: {case}: {off}")
@@ -174,13 +189,17 @@ def short(config: ModelConfig) -> ModelConfig:
     )
 
 
-def loaded(config: ModelConfig) -> dict[AttentionKernel, CudaExecutable]:
-    """An executable with each kernel, of the same weights, keys and values."""
+def loaded(config: ModelConfig) -> dict[str, CudaExecutable]:
+    """An executable of each variant, with the same weights, keys and values."""
     graph = prepared(config)
     weights = random_weights(graph)
     executables = {
-        kernel: load(graph, weights, LIMITS, Products(attention=kernel)) for kernel in KERNELS
+        name: load(graph, weights, LIMITS, products) for name, products in VARIANTS.items()
     }
+    for name, executable in executables.items():
+        kernels = {key for program in executable.memory.programs for key in program.kernels}
+        fused = any(key.startswith("decode_attention") for key in kernels)
+        assert fused == (VARIANTS[name].attention == "fused"), name
     first, *others = executables.values()
     for state in graph.states:
         drawn = first.memory.tensors[state.name].normal_()
@@ -189,35 +208,38 @@ def loaded(config: ModelConfig) -> dict[AttentionKernel, CudaExecutable]:
     return executables
 
 
+def measured(executables: Mapping[str, CudaExecutable], step: StepBatch) -> dict[str, Any]:
+    """What attention takes in a layer with each variant, in microseconds, and how far each one's
+    logits are from those of the first."""
+    logits = {name: torch.from_numpy(each.step(step).logits) for name, each in executables.items()}
+    want = logits["separate"]
+    off = {name: float((got - want).norm() / want.norm()) for name, got in logits.items()}
+    rest = timed(executables["separate"], step, without=ATTENTION)
+    steps = {name: timed(each, step) for name, each in executables.items()}
+    times: dict[str, list[float]] = {name: [] for name in executables}
+    for _ in range(ROUNDS):
+        base = rest()
+        for name, seconds in steps.items():
+            times[name].append((seconds() - base) / LAYERS * 1e6)
+    wrong = [name for name, distance in off.items() if not distance <= LOGITS_TOLERANCE]
+    us = {name: statistics.median(found) for name, found in times.items()}
+    return {"us": us, "logits_off": off, "wrong": wrong}
+
+
 def measure(name: str, bandwidth: float) -> list[dict[str, Any]]:
-    """What attention takes in a layer, in microseconds, for every step, and how far the logits
-    with one kernel are from those with the other."""
+    """All steps of a model."""
     config = short(MODELS[name])
     executables = loaded(config)
     rows = []
+    click.echo(f"{name}: microseconds a layer; floor, {', '.join(VARIANTS)}; fused over floor")
     for label, lens in lengths().items():
-        step = step_of(lens)
-        logits = [torch.from_numpy(each.step(step).logits) for each in executables.values()]
-        off = float((logits[1] - logits[0]).norm() / logits[0].norm())
-        rest = timed(executables["separate"], step, without=ATTENTION)
-        steps = {kernel: timed(each, step) for kernel, each in executables.items()}
-        times: dict[str, list[float]] = {kernel: [] for kernel in KERNELS}
-        for _ in range(ROUNDS):
-            base = rest()
-            for kernel, seconds in steps.items():
-                times[kernel].append((seconds() - base) / LAYERS * 1e6)
         nbytes = 2 * sum(lens) * config.num_kv_heads * config.head_dim * 2
-        floor = nbytes / bandwidth * 1e6
-        row = {"model": name, "step": label, "floor_us": floor, "logits_off": off}
-        row["wrong"] = not off <= LOGITS_TOLERANCE
-        row |= {f"{kernel}_us": statistics.median(found) for kernel, found in times.items()}
-        rows.append(row)
-        click.echo(
-            f"{name} {label:12} floor {floor:8.1f}  separate {row['separate_us']:8.1f} "
-            f"({row['separate_us'] / floor:5.2f})  fused {row['fused_us']:8.1f} us a layer "
-            f"({row['fused_us'] / floor:5.2f} of floor)  logits {off:.1e} off"
-            f"{'  WRONG' if row['wrong'] else ''}"
-        )
+        row = {"model": name, "step": label, "floor_us": nbytes / bandwidth * 1e6}
+        rows.append(row | measured(executables, step_of(lens)))
+        times = "  ".join(f"{us:8.1f}" for us in rows[-1]["us"].values())
+        over = rows[-1]["us"]["fused"] / row["floor_us"]
+        wrong = f"  WRONG: {rows[-1]['wrong']}" if rows[-1]["wrong"] else ""
+        click.echo(f"{label:12} {row['floor_us']:8.1f}  {times}  {over:6.2f}{wrong}")
     for executable in executables.values():
         executable.close()
     return rows

@@ -15,7 +15,7 @@ from emulation.executable import emulated, emulated_gpu
 
 from llmforge.engine.cuda.state import Products
 from llmforge.engine.cuda.target import CudaTarget
-from llmforge.kernels.decode_attention import decode_plan
+from llmforge.kernels.decode_attention import DecodeTuning, decode_plan
 from llmforge.kernels.launch import Launch
 from llmforge.model.decoder import trace
 from llmforge.parallel import Topology
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from attention_cases import CASES, RAGGED, Case, compare, wrong  # noqa: E402
+from attention_cases import CASES, RAGGED, Case, compare, drawn, wrong  # noqa: E402
 
 
 def check(case: Case, processors: int, seed: int = 0) -> None:
@@ -34,7 +34,7 @@ def check(case: Case, processors: int, seed: int = 0) -> None:
         sizes = {"tokens": sequences, "sequences": sequences, "processors": processors}
         bench.run(launch, **sizes)
 
-    off = compare(case, run, seed)
+    off = compare(case, drawn(case, seed), run)
     assert not wrong(case, off), off
 
 
@@ -90,6 +90,10 @@ def test_which_shapes_are_taken() -> None:
         decode_plan("bfloat16", 8 * g, 8, d, d, 256) for g, d in ((4, 128), (4, 64), (16, 128))
     ]
     assert [(p.warps, p.stages) for p in plans if p] == [(4, 2), (4, 4), (2, 4)]
+    larger = DecodeTuning(ring_bytes=96 << 10)
+    assert decode_plan("bfloat16", 32, 8, 128, 128, 256, larger) is None, "not everywhere"
+    plan = decode_plan("bfloat16", 32, 8, 128, 128, 256, larger, room=113 << 10)
+    assert plan is not None and plan.stages == 3
     assert decode_plan("float32", 32, 8, 128, 128, 1) is None
     assert decode_plan("bfloat16", 32, 8, 132, 132, 1) is None
     assert decode_plan("bfloat16", 32, 8, 64, 30, 1) is None, "angles are loaded four at once"

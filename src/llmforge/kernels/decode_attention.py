@@ -20,41 +20,61 @@ from llmforge.kernels.launch import (
 
 MAX_BLOCKS = 512  # of a grid; two a multiprocessor
 _UNIT = 16  # keys that a warp takes at a time
-_RING_BYTES = 64 << 10  # of a block
-_MAX_STAGES = 4
+_MAX_STAGES = 8
 _STATIC_BYTES = 48 << 10
-_SHARED_BYTES = 99 << 10  # of a block on the GPUs that have least
+LEAST_ROOM = 99 << 10  # shared memory of a block on the GPUs that have least
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """ring_bytes: of a block's rings. join_cost: what dividing the keys of a sequence counts, in
+    halves of 16 keys (decode_plan.cuh)."""
+
+    ring_bytes: int = 64 << 10
+    join_cost: int = 32
+
+
+DEFAULT_TUNING = DecodeTuning()
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Warps of a block, slots of each one's ring, and the block's dynamic shared memory."""
+    """Warps of a block, slots of each one's ring, the block's dynamic shared memory, and
+    DecodeTuning's join_cost."""
 
     warps: int
     stages: int
     shared_bytes: int
+    join_cost: int
 
 
 def decode_plan(
-    dtype: str, heads: int, kv_heads: int, head_dim: int, rope_dim: int, sequences: int
+    dtype: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rope_dim: int,
+    sequences: int,
+    tuning: DecodeTuning = DEFAULT_TUNING,
+    room: int = LEAST_ROOM,
 ) -> DecodePlan | None:
-    """The plan for steps of at most so many sequences, or None where the kernel does not take
-    them."""
+    """The plan for steps of at most so many sequences in `room` bytes of shared memory, or None
+    where the kernel does not take them."""
     group = heads // kv_heads
     if dtype == "float32" or head_dim % 8 or rope_dim % 4 or group > 16:
         return None
     # Long rows fill the registers, many rows the shared memory in which warps join.
     warps = 4 if head_dim <= 128 and group <= 8 else 2
     slot = 2 * _UNIT * -(-head_dim // 64) * 64 * DTYPE_BYTES[dtype]
-    stages = min(_RING_BYTES // (warps * slot), _MAX_STAGES)
+    stages = min(tuning.ring_bytes // (warps * slot), _MAX_STAGES)
     parts = warps * group * (head_dim + 2) * 4
     # Heads and their biases, norms, angles, and a head a warp.
     rows = (2 * (group + 2) + 2) * head_dim * DTYPE_BYTES[dtype]
-    static = parts + rows + rope_dim * 4 + warps * head_dim * 4 + 1024
+    static = parts + rows + rope_dim * 4 + warps * head_dim * 4 + 256
     dynamic = warps * stages * slot + (2 * sequences + 1) * 4
-    if stages < 2 or static > _STATIC_BYTES or static + dynamic > _SHARED_BYTES:
+    if stages < 2 or static > _STATIC_BYTES or static + dynamic > room:
         return None
-    return DecodePlan(warps, stages, dynamic)
+    return DecodePlan(warps, stages, dynamic, tuning.join_cost)
 
 
 @dataclass(frozen=True)
@@ -100,8 +120,8 @@ def decode_attention(
     spec = specialised(
         "decode_attention.cu", "decode_attention", dtype,
         HEADS=heads, GROUP=heads // kv_heads, WINDOW=window or 0, WARPS=plan.warps,
-        STAGES=plan.stages, CAP=int(soft_cap is not None), SINKS=int(sinks is not None),
-        **steps.defines, **cache.defines,
+        STAGES=plan.stages, JOIN_COST=plan.join_cost, CAP=int(soft_cap is not None),
+        SINKS=int(sinks is not None), **steps.defines, **cache.defines,
     )  # fmt: skip
     arguments: tuple[Argument, ...] = (
         out, cache.keys, cache.values, q, k, v, *steps.operands, sinks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmforge.engine.cuda.state import Lowering
 from llmforge.kernels.attention import Cache, QkvSteps
 from llmforge.kernels.decode_attention import (
+    LEAST_ROOM,
     MAX_BLOCKS,
     PartScratch,
     decode_attention,
@@ -13,6 +14,8 @@ from llmforge.kernels.decode_attention import (
 )
 from llmforge.kernels.launch import Operand
 from llmforge.model.graph import Node
+
+_HALF_ROOM = 113 << 10  # of the 228 KB of a multiprocessor, less 1 KB a block
 
 
 def fused_attention(
@@ -27,7 +30,10 @@ def fused_attention(
     q, k, v = matrices
     shape = q.features // cache.head_dim, cache.kv_heads, cache.head_dim
     rope_dim = steps.table.features if steps.table else 0
-    plan = decode_plan(q.dtype, *shape, rope_dim, low.shape.sequences)
+    # What makes those GPUs fit for bulk copies' rings is room for two blocks of half of it.
+    room = _HALF_ROOM if low.shape.bulk_copies else LEAST_ROOM
+    tuning = low.products.decode
+    plan = decode_plan(q.dtype, *shape, rope_dim, low.shape.sequences, tuning, room)
     wanted = low.products.attention == "fused" and low.shape.decode
     if not wanted or plan is None or node.attrs.get("slopes"):
         return False

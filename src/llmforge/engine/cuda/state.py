@@ -18,6 +18,8 @@ from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits
 from llmforge.kernels import stream
 from llmforge.kernels.attention import Cache
+from llmforge.kernels.decode_attention import DEFAULT_TUNING as DEFAULT_DECODE_TUNING
+from llmforge.kernels.decode_attention import DecodeTuning
 from llmforge.kernels.gemv import DEFAULT_TUNING, GemvTuning
 from llmforge.kernels.launch import Dim, Operand
 from llmforge.model.graph import Graph, Node
@@ -40,6 +42,7 @@ class Products:
     one_row: ProductKernel = "stream_gemm"
     gemv: GemvTuning = DEFAULT_TUNING
     attention: AttentionKernel = "separate"
+    decode: DecodeTuning = DEFAULT_DECODE_TUNING
 
 
 MEASURED = Products()

@@ -4,6 +4,7 @@
 //   BLOCK_SIZE, TABLE_STRIDE, HEADS, KV_HEADS as in qkv.cu. WINDOW: positions attended to, 0 for all.
 //   CAP: scores are capped, soft_cap tanh(score / soft_cap). SINKS: each head has one more key, whose
 //   score is sinks[head] and whose value is zero. WARPS. STAGES: slots of each warp's ring.
+//   JOIN_COST: decode_plan.cuh.
 //
 // The grid is as large as the GPU, whatever the step: decode_plan.cuh divides the keys. A warp takes
 // every WARPS-th unit of 16 keys, through a ring of its own that runs ahead of the arithmetic, over

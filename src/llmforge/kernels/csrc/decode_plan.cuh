@@ -7,16 +7,15 @@
 // gives every block whole pairs, a k-th of it up to k parts of a pair, and 1 gives all blocks the
 // same number of units, wherever pairs end. Of those the cheapest is taken: a block takes as long as
 // its share is, and joining the parts of a pair has a price.
-//   WINDOW, KV_HEADS, WARPS: as the kernel has them.
+//   WINDOW, KV_HEADS, WARPS: as the kernel has them. JOIN_COST: that price, in half units as a block
+//   reads them while others read too; further parts are half a unit each. A unit takes 0.15 to 0.2 us
+//   then, to write a part and be the last to join about 2.5, to join one more some 0.08.
 #pragma once
 
 #define UNIT 16
 #define THREADS (WARPS * 32)
 #define CANDIDATES 16
-// In half units, as one block reads them while others read too (0.15 to 0.2 us a unit): writing a part
-// and being the last to join takes about 2.5 us, each further part some 80 ns.
-#define JOIN_COST 32
-#define JOIN_COST_UNEVEN 40
+#define JOIN_COST_UNEVEN (JOIN_COST + 8)  // nearly every block has two parts
 
 DEVICE int up(int x, int y) { return (x + y - 1) / y; }
 // Units that lie wholly before the window of a sequence's last token.
@@ -65,41 +64,36 @@ struct Run {
     }
 };
 
-// The division of these sequences, `lens` [sequences] and `starts` [sequences + 1] being shared memory
-// to keep it in. For all threads of a block.
-DEVICE Plan make_plan(int* lens, int* starts, const int* kv_lens, int sequences) {
-    __shared__ int longest[WARPS], costs[CANDIDATES], shares[CANDIDATES], ends[WARPS], found;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int most = 0;
+struct Division {
+    int quantum, share;
+};
+
+// The cheapest of the candidates for sequences of these lengths, the longest of `most` units.
+DEVICE Division choose(const int* lens, int most, int sequences) {
+    __shared__ int costs[CANDIDATES], shares[CANDIDATES];
+    const int lane = threadIdx.x % 32;
+    auto quantum_of = [&](int c) { return c == CANDIDATES - 1 ? 1 : up(most, c + 1); };
 #pragma unroll 1
-    for (int s = threadIdx.x; s < sequences; s += THREADS) {
-        lens[s] = __ldcg(kv_lens + s);
-        most = max(most, units_of(lens[s]));
-    }
-    most = over_warp(most, [](int x, int y) { return max(x, y); });
-    if (lane == 0) longest[warp] = most;
-    __syncthreads();
-    for (int w = 0; w < WARPS; w++) most = max(most, longest[w]);
-    auto quantum_of = [&](int candidate) { return up(most, candidate + 1); };
-#pragma unroll 1
-    for (int c = warp; c < CANDIDATES; c += WARPS) {
-        const bool uneven = c == CANDIDATES - 1;
-        const int quantum = uneven ? 1 : quantum_of(c);
+    for (int c = threadIdx.x / 32; c < CANDIDATES; c += WARPS) {
+        const int quantum = quantum_of(c);
         int pieces = 0;
 #pragma unroll 1
         for (int s = lane; s < sequences; s += 32) pieces += up(units_of(lens[s]), quantum);
         pieces = over_warp(pieces, [](int x, int y) { return x + y; }) * KV_HEADS;
         const int share = up(pieces, gridDim.x) * quantum, parts = up(most, share);
-        if (lane == 0) {
-            shares[c] = share;
-            costs[c] = 2 * share + (uneven ? JOIN_COST_UNEVEN + parts : c ? JOIN_COST + parts : 0);
-        }
+        const int joining = c == CANDIDATES - 1 ? JOIN_COST_UNEVEN + parts : JOIN_COST + parts;
+        if (lane == 0) shares[c] = share, costs[c] = 2 * share + (c ? joining : 0);
     }
     __syncthreads();
     const int mine = lane < CANDIDATES ? costs[lane] * CANDIDATES + lane : 0x7fffffff;
     const int best = over_warp(mine, [](int x, int y) { return min(x, y); }) % CANDIDATES;
-    const int quantum = best == CANDIDATES - 1 ? 1 : quantum_of(best);
-    const int place = blockIdx.x * shares[best];
+    return {quantum_of(best), shares[best]};
+}
+
+// Fills `starts`; gives the sequence in which `place` of the row is.
+DEVICE int lay_out(int* starts, const int* lens, int sequences, int quantum, int place) {
+    __shared__ int ends[WARPS], found;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int before = 0;
 #pragma unroll 1
     for (int base = 0; base < sequences; base += THREADS) {
@@ -125,7 +119,27 @@ DEVICE Plan make_plan(int* lens, int* starts, const int* kv_lens, int sequences)
         if ((end - length) * KV_HEADS <= place && place < end * KV_HEADS) found = s;
     }
     __syncthreads();
-    return Plan{lens, starts, shares[best], found};
+    return found;
+}
+
+// The division of these sequences, `lens` [sequences] and `starts` [sequences + 1] being shared memory
+// to keep it in. For all threads of a block.
+DEVICE Plan make_plan(int* lens, int* starts, const int* kv_lens, int sequences) {
+    __shared__ int longest[WARPS];
+    int most = 0;
+#pragma unroll 1
+    for (int s = threadIdx.x; s < sequences; s += THREADS) {
+        lens[s] = __ldcg(kv_lens + s);
+        most = max(most, units_of(lens[s]));
+    }
+    most = over_warp(most, [](int x, int y) { return max(x, y); });
+    if (threadIdx.x % 32 == 0) longest[threadIdx.x / 32] = most;
+    __syncthreads();
+    for (int w = 0; w < WARPS; w++) most = max(most, longest[w]);
+    const Division division = choose(lens, most, sequences);
+    const int place = blockIdx.x * division.share;
+    const int first = lay_out(starts, lens, sequences, division.quantum, place);
+    return Plan{lens, starts, division.share, first};
 }
 
 // This block's first run. False where the block has none.
