@@ -13,7 +13,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from llmforge.kernels.compile import KernelSpec, _locked, _sources
+from llmforge.kernels.compile import KernelSpec, locked, source_texts
 
 INCLUDE = Path(__file__).with_name("include")
 FLAGS = (
@@ -53,7 +53,7 @@ def _version() -> str:
 def library(spec: KernelSpec, arch: str = "sm_90", text: str | None = None) -> Path:
     """The library of a kernel, compiled now or earlier. `text`: its source, where that is not in
     csrc; it includes common.cuh. Raises RuntimeError with what g++ says."""
-    sources = _sources(spec.source if text is None else "common.cuh")
+    sources = source_texts(spec.source if text is None else "common.cuh")
     if text is not None:
         sources[spec.source] = text.encode()
     texts = {name: _adapted(text.decode()) for name, text in sources.items()}
@@ -68,7 +68,7 @@ def library(spec: KernelSpec, arch: str = "sm_90", text: str | None = None) -> P
     folder = root / f"{spec.entry}-{digest.hexdigest()[:24]}"
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "kernel.so"
-    with _locked(folder / "lock"):
+    with locked(folder / "lock"):
         if not made.exists():
             for name, text in texts.items():
                 (folder / name).write_text(text)

@@ -19,17 +19,8 @@ import torch
 
 from emulation.build import library
 from llmforge.kernels.compile import KernelSpec
-from llmforge.kernels.driver import Sizes
-from llmforge.kernels.launch import (
-    DTYPE_BYTES,
-    Double,
-    Extent,
-    Float,
-    Launch,
-    Operand,
-    Size,
-    TensorMap,
-)
+from llmforge.kernels.driver import Arguments, Sizes
+from llmforge.kernels.launch import DTYPE_BYTES, Launch, Operand, TensorMap
 
 PROCESSORS = 6
 _STACKS = 1024 * (64 << 10)  # MAX_THREADS * STACK_BYTES of fibers.h
@@ -124,21 +115,19 @@ class EmulatedLaunch:
         overlap: bool = False,
     ) -> None:
         self._launch, self._module, self._sizes = launch, module, sizes
-        self._keep: list[Any] = []
-        pointers = [self._pointer(a, address_of) for a in launch.arguments]
-        self._arguments = (ctypes.c_void_p * len(pointers))(*pointers)
+        self._arguments = Arguments(launch, address_of, sizes, _encode)
         operands = [a for a in launch.arguments if isinstance(a, Operand)]
         self._operands = [(o, address_of(o.buffer)) for o in operands]
 
     def __call__(self, stream: int = 0) -> None:
-        grid = (ctypes.c_uint * 3)(*map(self._extent, self._launch.grid))
+        grid = (ctypes.c_uint * 3)(*map(self._sizes.extent, self._launch.grid))
         if not grid[0]:
             return
         device = self._module.device
         before = device.watched.copy()
         failure = self._module.launch(
-            self._arguments, grid, self._launch.block, self._launch.shared_bytes, device.stacks,
-            device.next_seed(),
+            self._arguments.pointers, grid, self._launch.block, self._launch.shared_bytes,
+            device.stacks, device.next_seed(),
         )  # fmt: skip
         if failure:
             raise EmulationError(f"{self._module.entry}: {failure.decode()}")
@@ -164,46 +153,19 @@ class EmulatedLaunch:
             count = int((~allowed).sum())
             raise EmulationError(f"{self._module.entry}: writes outside its operands ({count} B)")
 
-    def _extent(self, extent: Extent) -> int:
-        if isinstance(extent, int):
-            return extent
-        return min(-(-self._sizes.get(extent.name) * extent.times // extent.per), extent.most)
 
-    def _pointer(self, argument: Any, address_of: Callable[[str], int]) -> int:
-        if isinstance(argument, Size):
-            assert argument.times == argument.per == 1, "an argument is a plain size"
-            return self._sizes.address(argument.name)
-        cell: Any
-        if argument is None:
-            cell = ctypes.c_void_p(0)
-        elif isinstance(argument, Operand):
-            offset = argument.offset * DTYPE_BYTES[argument.dtype]
-            cell = ctypes.c_void_p(address_of(argument.buffer) + offset)
-        elif isinstance(argument, TensorMap):
-            cell = _encode(argument, address_of(argument.weight.buffer))
-        elif isinstance(argument, Float):
-            cell = ctypes.c_float(argument.value)
-        elif isinstance(argument, Double):
-            cell = ctypes.c_double(argument.value)
-        else:
-            cell = ctypes.c_int32(argument)
-        self._keep.append(cell)
-        return ctypes.addressof(cell)
-
-
-def _encode(map: TensorMap, address: int) -> Any:
-    """EncodedMap of copies.h, aligned as a TensorMap is."""
+def _encode(map: TensorMap, address: int) -> tuple[Any, int]:
+    """EncodedMap of copies.h, aligned as a TensorMap is, and its address."""
     rows, columns = map.weight.shape
     itemsize = DTYPE_BYTES[map.weight.dtype]
     sizes = (64, rows // map.halves, map.halves, columns // 64)
     strides = (columns * itemsize, rows // map.halves * columns * itemsize, 64 * itemsize)
     buffer = np.zeros(128 + 64, np.uint8)
-    encoded = (ctypes.c_char * 128).from_address(-(-buffer.ctypes.data // 64) * 64)
-    encoded.buffer = buffer  # type: ignore[attr-defined]  # keeps it alive
-    words = np.frombuffer(encoded, np.uint64)
-    words[:8] = address, *sizes, *strides
-    np.frombuffer(encoded, np.uint32)[16:21] = *reversed(map.box), itemsize
-    return encoded
+    start = -buffer.ctypes.data % 64
+    encoded = buffer[start : start + 128]
+    encoded[:64].view(np.uint64)[:] = address, *sizes, *strides
+    encoded[64:84].view(np.uint32)[:] = *reversed(map.box), itemsize
+    return buffer, encoded.ctypes.data
 
 
 class EmulatedMemory:

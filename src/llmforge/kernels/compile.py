@@ -122,7 +122,7 @@ def compile_kernel(spec: KernelSpec, arch: str, cache: Path | None = None) -> Co
     path = cache.expanduser() / _digest(spec, arch)
     image, log = path.with_suffix(".image"), path.with_suffix(".log")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if image.exists() and log.exists():
             return Compiled(image.read_bytes(), log.read_text())
         compiled = _compile(spec, arch)
@@ -133,17 +133,17 @@ def compile_kernel(spec: KernelSpec, arch: str, cache: Path | None = None) -> Co
 
 def _digest(spec: KernelSpec, arch: str) -> str:
     digest = hashlib.sha256(f"{compiler_version()} {arch} {_options(spec)!r}".encode())
-    for name, text in sorted(_sources(spec.source).items()):
+    for name, text in sorted(source_texts(spec.source).items()):
         digest.update(f"\0{name}\0".encode() + text)
     return digest.hexdigest()
 
 
-def _sources(name: str) -> dict[str, bytes]:
+def source_texts(name: str) -> dict[str, bytes]:
     """The text of a file in csrc and of those that it includes, by name."""
     text = (resources.files("llmforge.kernels") / "csrc" / name).read_bytes()
     found = {name: text}
     for included in _INCLUDE.findall(text):
-        found.update(_sources(included.decode()))
+        found.update(source_texts(included.decode()))
     return found
 
 
@@ -168,7 +168,7 @@ def _include_directories() -> tuple[str, ...]:
 def _compile(spec: KernelSpec, arch: str) -> Compiled:
     from cuda.bindings import nvrtc
 
-    sources = _sources(spec.source)
+    sources = source_texts(spec.source)
     text = sources.pop(spec.source)
     headers = [name.encode() for name in sources]
     status, program = nvrtc.nvrtcCreateProgram(
@@ -200,7 +200,7 @@ def _fetch(program: object, size_of: object, read: object) -> bytes:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Only one process at a time compiles what `path` stands for; the others wait and find it."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

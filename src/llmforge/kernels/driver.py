@@ -74,6 +74,12 @@ class Sizes:
     def address(self, name: str) -> int:
         return ctypes.addressof(self._cells[name])
 
+    def extent(self, extent: Extent) -> int:
+        """Blocks of a grid's dimension."""
+        if isinstance(extent, int):
+            return extent
+        return min(-(-self.get(extent.name) * extent.times // extent.per), extent.most)
+
 
 class Module:
     """A loaded cubin, or PTX that the driver compiles now."""
@@ -99,6 +105,49 @@ class Module:
             self._shared = nbytes
 
 
+class Arguments:
+    """A launch's arguments as kernels are given them: `pointers` [arguments] to their values, which
+    lie where they are as long as this does."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        address_of: Callable[[str], int],
+        sizes: Sizes,
+        encode: Callable[[TensorMap, int], tuple[Any, int]],
+    ) -> None:
+        """address_of: the address of each buffer. encode: the map of weights at an address: what
+        keeps it in memory, and where it lies there."""
+        self._keep: list[Any] = []
+        self._sizes, self._encode = sizes, encode
+        pointers = [self._pointer(a, address_of) for a in launch.arguments]
+        self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
+
+    def _pointer(self, argument: Any, address_of: Callable[[str], int]) -> int:
+        """The address of the argument's value."""
+        if isinstance(argument, Size):
+            assert argument.times == argument.per == 1, "an argument is a plain size"
+            return self._sizes.address(argument.name)
+        cell: Any
+        if argument is None:
+            cell = ctypes.c_void_p(0)
+        elif isinstance(argument, Operand):
+            offset = argument.offset * DTYPE_BYTES[argument.dtype]
+            cell = ctypes.c_void_p(address_of(argument.buffer) + offset)
+        elif isinstance(argument, TensorMap):
+            encoded, address = self._encode(argument, address_of(argument.weight.buffer))
+            self._keep.append(encoded)
+            return address
+        elif isinstance(argument, Float):
+            cell = ctypes.c_float(argument.value)
+        elif isinstance(argument, Double):
+            cell = ctypes.c_double(argument.value)
+        else:
+            cell = ctypes.c_int32(argument)
+        self._keep.append(cell)
+        return ctypes.addressof(cell)
+
+
 class BoundLaunch:
     """A launch with addresses: `address_of` gives that of each buffer. Call it with a stream."""
 
@@ -112,16 +161,14 @@ class BoundLaunch:
         overlap: bool,
     ) -> None:
         """overlap: start the blocks while the kernel before is still running (see
-        `let_next_start` in common.cuh); the GPU must have compute capability 9.0 or more."""
+        `let_next_start` in ptx.cuh); the GPU must have compute capability 9.0 or more."""
         from cuda.bindings import driver
 
         module.allow_shared(launch.shared_bytes)
         self._sizes = sizes
         self._function = module.function
-        self._keep: list[Any] = []
-        pointers = [self._pointer(a, address_of) for a in launch.arguments]
-        self._arguments = (ctypes.c_void_p * len(pointers))(*pointers)
-        self._arguments_address = ctypes.addressof(self._arguments)
+        self._arguments = Arguments(launch, address_of, sizes, _encode)
+        self._arguments_address = ctypes.addressof(self._arguments.pointers)
         self._grid = launch.grid
         self._fixed = all(isinstance(extent, int) for extent in launch.grid)
         config = driver.CUlaunchConfig()
@@ -150,40 +197,11 @@ class BoundLaunch:
 
     def _set_grid(self) -> None:
         config = self._config
-        config.gridDimX, config.gridDimY, config.gridDimZ = map(self._extent, self._grid)
-
-    def _extent(self, extent: Extent) -> int:
-        if isinstance(extent, int):
-            return extent
-        return min(-(-self._sizes.get(extent.name) * extent.times // extent.per), extent.most)
-
-    def _pointer(self, argument: Any, address_of: Callable[[str], int]) -> int:
-        """The address of the argument's value."""
-        if isinstance(argument, Size):
-            assert argument.times == argument.per == 1, "an argument is a plain size"
-            return self._sizes.address(argument.name)
-        cell: Any
-        if argument is None:
-            cell = ctypes.c_void_p(0)
-        elif isinstance(argument, Operand):
-            offset = argument.offset * DTYPE_BYTES[argument.dtype]
-            cell = ctypes.c_void_p(address_of(argument.buffer) + offset)
-        elif isinstance(argument, TensorMap):
-            encoded = _encode(argument, address_of(argument.weight.buffer))
-            self._keep.append(encoded)
-            return int(encoded.getPtr())
-        elif isinstance(argument, Float):
-            cell = ctypes.c_float(argument.value)
-        elif isinstance(argument, Double):
-            cell = ctypes.c_double(argument.value)
-        else:
-            cell = ctypes.c_int32(argument)
-        self._keep.append(cell)
-        return ctypes.addressof(cell)
+        config.gridDimX, config.gridDimY, config.gridDimZ = map(self._sizes.extent, self._grid)
 
 
-def _encode(map: TensorMap, address: int) -> Any:
-    """The CUtensorMap of weights at this address."""
+def _encode(map: TensorMap, address: int) -> tuple[Any, int]:
+    """The CUtensorMap of weights at this address, and its own."""
     from cuda.bindings import driver
 
     rows, columns = map.weight.shape
@@ -196,7 +214,7 @@ def _encode(map: TensorMap, address: int) -> Any:
     # Innermost first, as the driver wants them.
     sizes = (64, rows // map.halves, map.halves, columns // 64)
     strides = (columns * 2, rows // map.halves * columns * 2, 128)
-    return check(
+    encoded = check(
         driver.cuTensorMapEncodeTiled(
             dtype,
             4,
@@ -211,3 +229,4 @@ def _encode(map: TensorMap, address: int) -> Any:
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
+    return encoded, int(encoded.getPtr())
