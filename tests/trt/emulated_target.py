@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from emulated_device import EmulatedDevice, EmulatedMemory
 from emulated_kernels import KERNELS
-from emulation import Machine, Module
+from emulated_tensorrt import Machine, Module
 from thread_comm import run_ranks
 from tiny_models import MemoryCheckpoint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tensorrt_rtx
-from emulation import MAGIC, EmulatedRuntimeConfig, Machine, Module
+from emulated_tensorrt import MAGIC, EmulatedRuntimeConfig, Machine, Module
 
 from llmforge.engine.tensorrt import cache_file
 from llmforge.engine.tensorrt.io import DECODE, PREFILL

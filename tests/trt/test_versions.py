@@ -9,7 +9,7 @@ import pytest
 from emulated_target import Rig
 from published import VERSIONS, Module, NotPublished, WrongCall
 from test_emulated_serving import LIMITS, by_cpu, requests_of
-from test_emulation import Rig as EmulatedEngineRig
+from test_emulated_tensorrt import Rig as EmulatedEngineRig
 from tiny_models import ONE, MemoryCheckpoint, config_of
 
 from llmforge.errors import BuildError

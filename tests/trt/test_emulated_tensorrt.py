@@ -10,7 +10,7 @@ import pytest
 import tensorrt_rtx as trt
 from emulated_device import EmulatedDevice, EmulatedMemory, EmulationError
 from emulated_kernels import KERNELS
-from emulation import Machine, Module
+from emulated_tensorrt import Machine, Module
 
 from llmforge.engine.tensorrt.package import Package
 
