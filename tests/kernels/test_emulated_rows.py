@@ -15,7 +15,7 @@ from emulation.device import PROCESSORS
 from emulation.executable import emulated, emulated_gpu
 from op_meanings import check_instructions
 
-from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import CudaTarget
 from llmforge.kernels.launch import Launch
 from llmforge.kernels.rows import RowsTuning, rows_gemm, rows_plan
@@ -203,8 +203,8 @@ def test_every_instruction_of_a_step_of_few_tokens(
     graph = CudaTarget().prepare(trace(config, Topology(), 0))
     weights = RandomWeights(config, seed=5)
     with emulated_gpu():
-        products = Products(few_rows="rows_gemm", rows=RowsTuning(warps=warps))
-        cuda = emulated(graph, weights, LIMITS, products=products)
+        choice = KernelChoice(few_rows="rows_gemm", rows=RowsTuning(warps=warps))
+        cuda = emulated(graph, weights, LIMITS, choice=choice)
         batch = Driver(LIMITS, config.vocab_size, 3, (1,) * rows).batch([1] * rows)
         calls = [i.call for i in cuda.instructions(batch)]
         kernels = [c.kernel for c in calls if isinstance(c, Launch)]
