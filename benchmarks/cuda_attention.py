@@ -29,7 +29,7 @@ from cuda_speed import MODELS, load, prepared, random_weights, read_bandwidth
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.engine.cuda.executable import CudaExecutable
-from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.step import Limits, StepBatch
 from llmforge.kernels.compile import DEFAULT_CACHE, KernelSpec, compile_kernel, compiler_version
 from llmforge.kernels.decode_attention import DecodeTuning
@@ -44,11 +44,15 @@ LONGEST = 16384
 LIMITS = Limits(max(BATCHES), LONGEST, 2048, 32, max(BATCHES) * max(KEYS) // 32)
 ROUNDS, REPEAT = 3, 15
 VARIANTS = {
-    "separate": Products(),
-    "fused": Products(attention="fused"),
-    "fused, rings of 96 KB": Products(attention="fused", decode=DecodeTuning(ring_bytes=96 << 10)),
-    "fused, dividing costs nothing": Products(attention="fused", decode=DecodeTuning(join_cost=0)),
-    "fused, not divided": Products(attention="fused", decode=DecodeTuning(join_cost=1 << 20)),
+    "separate": KernelChoice(),
+    "fused": KernelChoice(attention="fused"),
+    "fused, rings of 96 KB": KernelChoice(
+        attention="fused", decode=DecodeTuning(ring_bytes=96 << 10)
+    ),
+    "fused, dividing costs nothing": KernelChoice(
+        attention="fused", decode=DecodeTuning(join_cost=0)
+    ),
+    "fused, not divided": KernelChoice(attention="fused", decode=DecodeTuning(join_cost=1 << 20)),
 }
 ATTENTION = frozenset({"qkv", "attention", "attention_simple", "decode_attention"})
 LOGITS_TOLERANCE = 3e-2  # of the whole, relative to its norm
@@ -193,9 +197,7 @@ def loaded(config: ModelConfig) -> dict[str, CudaExecutable]:
     """An executable of each variant, with the same weights, keys and values."""
     graph = prepared(config)
     weights = random_weights(graph)
-    executables = {
-        name: load(graph, weights, LIMITS, products) for name, products in VARIANTS.items()
-    }
+    executables = {name: load(graph, weights, LIMITS, choice) for name, choice in VARIANTS.items()}
     for name, executable in executables.items():
         kernels = {key for program in executable.memory.programs for key in program.kernels}
         fused = any(key.startswith("decode_attention") for key in kernels)

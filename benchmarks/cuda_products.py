@@ -40,7 +40,7 @@ from product_studies import Study, study_of
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.engine.cuda.executable import CudaExecutable
 from llmforge.engine.cuda.program import Matmul
-from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import programs
 from llmforge.engine.step import StepBatch
 from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel, compiler_version
@@ -62,11 +62,11 @@ LOGITS_TOLERANCE = 3e-2  # after all layers
 
 
 def products_of(
-    study: Study, config: ModelConfig, products: Products, arch: str
+    study: Study, config: ModelConfig, choice: KernelChoice, arch: str
 ) -> Iterator[Launch]:
     """The different launches of the kernel in the largest decode step of a model."""
     seen = set()
-    *_, decode = programs(prepared(config), study.limits, arch, products=products)
+    *_, decode = programs(prepared(config), study.limits, arch, choice=choice)
     for call in (i.call for i in decode.instructions):
         if isinstance(call, Launch) and call.kernel.entry == study.entry:
             key = (call.kernel.key, call.shared_bytes, weight_of(call).shape)
@@ -146,9 +146,9 @@ def check_products(study: Study, config: ModelConfig, arch: str) -> list[dict[st
     for variant in checked_configs(config):
         launches = [
             (tuning, launch)
-            for tuning, products in study.variants.items()
-            if study.checks(products)
-            for launch in products_of(study, variant, products, arch)
+            for tuning, choice in study.variants.items()
+            if study.checks(choice)
+            for launch in products_of(study, variant, choice, arch)
         ]
         modules = compiled([launch for _, launch in launches], arch)
         values: dict[tuple[Any, ...], tuple[dict[str, Tensor], Tensor]] = {}
@@ -279,8 +279,8 @@ def measure(study: Study, name: str, bandwidth: float, wrong: set[str]) -> list[
     graph = prepared(config)
     weights = random_weights(graph)
     executables = {
-        variant: load(graph, weights, study.limits, products)
-        for variant, products in study.variants.items()
+        variant: load(graph, weights, study.limits, choice)
+        for variant, choice in study.variants.items()
         if variant not in wrong
     }
     rows = []

@@ -37,7 +37,7 @@ from llmforge.checkpoint.config import ModelConfig, RopeConfig  # noqa: E402
 from llmforge.comm import LocalComm  # noqa: E402
 from llmforge.engine.cuda.executable import CudaExecutable  # noqa: E402
 from llmforge.engine.cuda.ranks import Ranks  # noqa: E402
-from llmforge.engine.cuda.state import MEASURED, Products  # noqa: E402
+from llmforge.engine.cuda.state import MEASURED, KernelChoice  # noqa: E402
 from llmforge.engine.cuda.target import CudaTarget, engine_kernels  # noqa: E402
 from llmforge.engine.step import Limits, StepBatch  # noqa: E402
 from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel  # noqa: E402
@@ -106,12 +106,12 @@ def load(
     graph: Graph,
     weights: Mapping[str, torch.Tensor],
     limits: Limits,
-    products: Products = MEASURED,
+    choice: KernelChoice = MEASURED,
 ) -> CudaExecutable:
     """An executable of one rank, its kernels compiled now."""
     major, minor = torch.cuda.get_device_capability()
     arch = f"sm_{major}{minor}"
-    kernels = engine_kernels(graph, limits, arch, products)
+    kernels = engine_kernels(graph, limits, arch, choice)
     with ThreadPoolExecutor() as pool:
         compiled = pool.map(
             lambda spec: compile_kernel(spec, arch, DEFAULT_CACHE), kernels.values()
@@ -121,7 +121,7 @@ def load(
             for key, result in zip(kernels, compiled, strict=True)
         }
     ranks = Ranks(LocalComm(), Topology(), torch.device("cuda", torch.cuda.current_device()))
-    return CudaExecutable(graph, weights, modules, arch, limits, ranks, products)
+    return CudaExecutable(graph, weights, modules, arch, limits, ranks, choice)
 
 
 def bytes_read(graph: Graph, config: ModelConfig, kv_len: int, batch: int = 1) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.step import Limits
 from llmforge.kernels.gemv import GemvTuning
 from llmforge.kernels.rows import RowsTuning
@@ -25,9 +25,9 @@ TUNINGS = {
     "2 blocks, 4 warps, 3 x 4 KB": GemvTuning(warps=4, blocks=2),
 }
 VARIANTS = {
-    "stream_gemm": Products("stream_gemm"),
-    "torch": Products("torch"),
-    **{name: Products("gemv", tuning) for name, tuning in TUNINGS.items()},
+    "stream_gemm": KernelChoice("stream_gemm"),
+    "torch": KernelChoice("torch"),
+    **{name: KernelChoice("gemv", tuning) for name, tuning in TUNINGS.items()},
 }
 ROWS_TUNINGS = {
     "rows_gemm": RowsTuning(),
@@ -41,10 +41,13 @@ ROWS_TUNINGS = {
     "4 warps, 6 x 512 bytes": RowsTuning(warps=4, stages=6),
 }
 FEW_ROWS = {
-    "stream_gemm": Products(few_rows="stream_gemm"),
-    "torch": Products(few_rows="torch"),
-    **{name: Products(few_rows="rows_gemm", rows=tuning) for name, tuning in ROWS_TUNINGS.items()},
-    "rows_gemm, fused attention": Products(few_rows="rows_gemm", attention="fused"),
+    "stream_gemm": KernelChoice(few_rows="stream_gemm"),
+    "torch": KernelChoice(few_rows="torch"),
+    **{
+        name: KernelChoice(few_rows="rows_gemm", rows=tuning)
+        for name, tuning in ROWS_TUNINGS.items()
+    },
+    "rows_gemm, fused attention": KernelChoice(few_rows="rows_gemm", attention="fused"),
 }
 
 
@@ -54,7 +57,7 @@ class Study:
     at most so many rows."""
 
     entry: str
-    variants: Mapping[str, Products]
+    variants: Mapping[str, KernelChoice]
     rows: int = 1
 
     @property
@@ -66,9 +69,9 @@ class Study:
     def limits(self) -> Limits:
         return Limits(self.rows, 384, 128, 32, 12 * self.rows)
 
-    def checks(self, products: Products) -> bool:
+    def checks(self, choice: KernelChoice) -> bool:
         """Whether the variant's products are those of the kernel."""
-        return self.entry == (products.one_row if self.rows == 1 else products.few_rows)
+        return self.entry == (choice.one_row if self.rows == 1 else choice.few_rows)
 
 
 def study_of(rows: int) -> Study:

@@ -15,7 +15,7 @@ from emulation.build import libraries
 from emulation.device import PROCESSORS, Device, EmulatedLaunch, EmulatedMemory, EmulatedModule
 from llmforge.comm import Comm, LocalComm
 from llmforge.engine.cuda import buffers, executable, ranks
-from llmforge.engine.cuda.state import MEASURED, Products
+from llmforge.engine.cuda.state import MEASURED, KernelChoice
 from llmforge.engine.cuda.target import engine_kernels
 from llmforge.engine.step import Limits
 from llmforge.kernels.compile import KernelSpec
@@ -105,16 +105,16 @@ def emulated(
     comm: Comm | None = None,
     topology: Topology | None = None,
     seed: int = 0,
-    products: Products = MEASURED,
+    choice: KernelChoice = MEASURED,
 ) -> executable.CudaExecutable:
     """The executable of a prepared graph. Wants `emulated_gpu(arch)` around it and its steps."""
     torch.set_num_threads(1)  # for the thread of a rank too
     tensors = {p.name: _tensor(weights.read(p), p.dtype) for p in graph.parameters}
-    specs = engine_kernels(graph, limits, arch, products)
+    specs = engine_kernels(graph, limits, arch, choice)
     libraries(list(specs.values()), arch)
     joined = ranks.Ranks(comm or LocalComm(), topology or Topology(), torch.device("cpu"))
     modules: Any = _Modules(specs, arch, seed)
-    made = executable.CudaExecutable(graph, tensors, modules, arch, limits, joined, products)
+    made = executable.CudaExecutable(graph, tensors, modules, arch, limits, joined, choice)
     # Not the caches: what earlier steps wrote there may be read at once.
     scratch = [t for name, t in made.memory.tensors.items() if name.startswith("scratch.")]
     modules.device.hide([made.memory.arena, *scratch])

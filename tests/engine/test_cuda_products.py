@@ -14,7 +14,7 @@ from cuda_models import LIMITS, MODELS, REAL, of_dtype
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.engine.cuda.program import Program
-from llmforge.engine.cuda.state import MEASURED, Products
+from llmforge.engine.cuda.state import MEASURED, KernelChoice
 from llmforge.engine.cuda.target import CudaTarget, programs
 from llmforge.kernels.gemv import GemvTuning
 from llmforge.kernels.launch import Launch
@@ -24,10 +24,10 @@ from llmforge.model.reference import LOCAL, REFERENCE
 from llmforge.parallel import Topology
 
 
-def decodes(config: ModelConfig, products: Products, arch: str = "sm_90") -> dict[int, Program]:
+def decodes(config: ModelConfig, choice: KernelChoice, arch: str = "sm_90") -> dict[int, Program]:
     """The programs of the decode buckets, by size."""
     graph = CudaTarget().prepare(trace(config, Topology(), 0))
-    _, *found = programs(graph, LIMITS, arch, products=products)
+    _, *found = programs(graph, LIMITS, arch, choice=choice)
     return {program.shape.tokens: program for program in found}
 
 
@@ -43,45 +43,45 @@ def test_one_row_goes_to_the_kernel_that_is_asked_for(config: ModelConfig) -> No
     library = 1 if config.intermediate_size == 18944 else 0  # that stream_gemm.cu does not divide
     assert (streamed["stream_gemm"], streamed["Matmul"]) == (5 - library, library)
     assert streamed["gemv"] == 0
-    ours = entries(decodes(config, Products("gemv"))[1])
+    ours = entries(decodes(config, KernelChoice("gemv"))[1])
     assert ours["gemv"] == 5 and ours["stream_gemm"] == ours["Matmul"] == ours["rms_norm"] == 0
-    torchs = entries(decodes(config, Products("torch"))[1])
+    torchs = entries(decodes(config, KernelChoice("torch"))[1])
     assert torchs["Matmul"] == 5 and torchs["gemv"] == torchs["stream_gemm"] == 0
 
 
 def test_more_rows_are_as_before() -> None:
     for size in (2, 4):
-        chosen = [decodes(REAL[1], each)[size] for each in (MEASURED, Products("gemv"))]
+        chosen = [decodes(REAL[1], each)[size] for each in (MEASURED, KernelChoice("gemv"))]
         assert chosen[0] == chosen[1] and entries(chosen[0])["stream_gemm"] == 5
-        wide = [decodes(REAL[0], each)[size] for each in (MEASURED, Products("gemv"))]
+        wide = [decodes(REAL[0], each)[size] for each in (MEASURED, KernelChoice("gemv"))]
         assert wide[0] == wide[1] and entries(wide[0])["Matmul"] == 5
 
 
 @pytest.mark.parametrize("config", REAL[:2], ids=lambda c: f"hidden {c.hidden_size}")
 def test_few_rows_go_to_the_kernel_that_is_asked_for(config: ModelConfig) -> None:
     for size in (2, 4):
-        ours = decodes(config, Products(few_rows="rows_gemm"))[size]
+        ours = decodes(config, KernelChoice(few_rows="rows_gemm"))[size]
         assert entries(ours)["rows_gemm"] == 5 and entries(ours)["rms_norm"] == 0
         assert entries(ours)["stream_gemm"] == entries(ours)["Matmul"] == 0
-        streamed = entries(decodes(config, Products(few_rows="stream_gemm"))[size])
+        streamed = entries(decodes(config, KernelChoice(few_rows="stream_gemm"))[size])
         assert streamed["stream_gemm"] == 5 and streamed["rows_gemm"] == 0
-        assert entries(decodes(config, Products(few_rows="torch"))[size])["Matmul"] == 5
+        assert entries(decodes(config, KernelChoice(few_rows="torch"))[size])["Matmul"] == 5
     for chosen in ("stream_gemm", "rows_gemm", "torch"):
-        one = decodes(config, Products(few_rows=chosen))[1]
+        one = decodes(config, KernelChoice(few_rows=chosen))[1]
         assert one == decodes(config, MEASURED)[1], "one row has its own choice"
 
 
 def test_more_than_eight_rows_are_torchs() -> None:
     graph = CudaTarget().prepare(trace(REAL[1], Topology(), 0))
     limits = dataclasses.replace(LIMITS, max_batch_size=16)
-    chosen = Products("gemv", few_rows="rows_gemm")
-    *_, eight, sixteen = programs(graph, limits, "sm_90", products=chosen)
+    chosen = KernelChoice("gemv", few_rows="rows_gemm")
+    *_, eight, sixteen = programs(graph, limits, "sm_90", choice=chosen)
     assert (eight.shape.tokens, sixteen.shape.tokens) == (8, 16)
     assert entries(eight)["rows_gemm"] == 5 and entries(sixteen)["Matmul"] == 5
 
 
 def test_what_rows_gemm_does_not_take_goes_on() -> None:
-    chosen = Products(few_rows="rows_gemm")
+    chosen = KernelChoice(few_rows="rows_gemm")
     found = entries(decodes(REAL[2], chosen)[4])  # over 18944 elements for the last of a layer
     assert (found["rows_gemm"], found["Matmul"]) == (4, 1)
     found = entries(decodes(REAL[3], chosen)[4])  # over 6912
@@ -91,7 +91,7 @@ def test_what_rows_gemm_does_not_take_goes_on() -> None:
 
 
 def test_the_scratch_is_as_large_as_the_product_that_needs_most_of_it() -> None:
-    program = decodes(REAL[0], Products(few_rows="rows_gemm"))[4]
+    program = decodes(REAL[0], KernelChoice(few_rows="rows_gemm"))[4]
     sums = [
         call.arguments[6].features
         for call in (i.call for i in program.instructions)
@@ -102,34 +102,34 @@ def test_the_scratch_is_as_large_as_the_product_that_needs_most_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "products",
-    [MEASURED, Products("gemv"), Products(few_rows="rows_gemm")],
+    "choice",
+    [MEASURED, KernelChoice("gemv"), KernelChoice(few_rows="rows_gemm")],
     ids=["measured", "gemv", "rows_gemm"],
 )
 def test_gpus_without_bulk_copies_or_room_for_two_rings_multiply_by_torch(
-    products: Products,
+    choice: KernelChoice,
 ) -> None:
     for arch in ("sm_80", "sm_120"):
-        for program in decodes(REAL[1], products, arch).values():
+        for program in decodes(REAL[1], choice, arch).values():
             assert entries(program)["Matmul"] == 5
             calls = [i.call for i in program.instructions if isinstance(i.call, Launch)]
             assert max(call.shared_bytes for call in calls) < 99 << 10
-    for program in decodes(REAL[1], products, "sm_100").values():
+    for program in decodes(REAL[1], choice, "sm_100").values():
         assert entries(program)["Matmul"] == 0
 
 
 def test_what_gemv_does_not_take_goes_on() -> None:
     odd = of_dtype(MODELS["odd-sizes"], "bfloat16")
-    assert entries(decodes(odd, Products("gemv"))[1])["gemv"] == 0
+    assert entries(decodes(odd, KernelChoice("gemv"))[1])["gemv"] == 0
     whole = of_dtype(MODELS["wide"], "float32")
-    assert set(entries(decodes(whole, Products("gemv"))[1])).isdisjoint({"gemv", "stream_gemm"})
-    huge = Products("gemv", GemvTuning(warps=16, stages=8, blocks=2))
+    assert set(entries(decodes(whole, KernelChoice("gemv"))[1])).isdisjoint({"gemv", "stream_gemm"})
+    huge = KernelChoice("gemv", GemvTuning(warps=16, stages=8, blocks=2))
     assert entries(decodes(REAL[0], huge)[1]) == entries(decodes(REAL[0], MEASURED)[1])
 
 
 def test_every_second_product_is_alone() -> None:
     for entry, rows in (("gemv", 1), ("rows_gemm", 4)):
-        program = decodes(REAL[0], Products("gemv", few_rows="rows_gemm"))[rows]
+        program = decodes(REAL[0], KernelChoice("gemv", few_rows="rows_gemm"))[rows]
         sizes = [
             call.shared_bytes
             for call in (i.call for i in program.instructions)
@@ -155,14 +155,14 @@ def test_the_benchmark_has_every_product_by_the_kernel_that_it_names(
     for name, config in benchmark.MODELS.items():
         for checked in benchmark.checked_configs(config):
             graph = benchmark.prepared(checked)
-            for variant, products in study.variants.items():
-                *_, largest = programs(graph, study.limits, "sm_90", products=products)
+            for variant, choice in study.variants.items():
+                *_, largest = programs(graph, study.limits, "sm_90", choice=choice)
                 assert largest.shape.tokens == study.rows
-                entry = products.one_row if study.rows == 1 else products.few_rows
+                entry = choice.one_row if study.rows == 1 else choice.few_rows
                 found = entries(largest)
                 assert found["Matmul" if entry == "torch" else entry] == 5, (name, variant, found)
-                if study.checks(products):
-                    launches = list(benchmark.products_of(study, checked, products, "sm_90"))
+                if study.checks(choice):
+                    launches = list(benchmark.products_of(study, checked, choice, "sm_90"))
                     assert len(launches) == 5
                     assert all(launch.kernel.entry == study.entry for launch in launches)
 
@@ -170,11 +170,11 @@ def test_the_benchmark_has_every_product_by_the_kernel_that_it_names(
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_benchmark_expects_what_the_ops_mean(benchmark: ModuleType, rows: int) -> None:
     study = benchmark.study_of(rows)
-    products = Products("gemv", few_rows="rows_gemm", rows=RowsTuning(warps=4))
+    choice = KernelChoice("gemv", few_rows="rows_gemm", rows=RowsTuning(warps=4))
     config = dataclasses.replace(MODELS["wide-biases"], num_layers=1, sliding_window=(None,))
     torch.manual_seed(1)
     seen = set()
-    for launch in benchmark.products_of(study, of_dtype(config, "bfloat16"), products, "sm_90"):
+    for launch in benchmark.products_of(study, of_dtype(config, "bfloat16"), choice, "sm_90"):
         tensors = benchmark.random_operands(launch, rows, "cpu")
         out, x, weight, bias, residual, norm = (
             tensors[o.buffer] if o else None for o in launch.arguments[:6]

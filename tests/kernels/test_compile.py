@@ -24,7 +24,7 @@ SPILLS = {"attention": 64}
 def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
     from cuda_models import MODELS, OLMO, REAL, of_dtype
 
-    from llmforge.engine.cuda.state import Products
+    from llmforge.engine.cuda.state import KernelChoice
     from llmforge.engine.cuda.target import CudaTarget, engine_kernels
     from llmforge.engine.step import Limits
     from llmforge.model.decoder import trace
@@ -57,7 +57,7 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
     capped = dataclasses.replace(wide, attention_softcap=50.0, attention_sinks=True)
     for config in (*REAL, wide, capped):
         graph = CudaTarget().prepare(trace(config, Topology(), 0))
-        fused = engine_kernels(graph, limits, arch, Products(attention="fused"))
+        fused = engine_kernels(graph, limits, arch, KernelChoice(attention="fused"))
         found |= {key: spec for key, spec in fused.items() if spec.entry == "decode_attention"}
     assert {"decode_attention", "all_reduce", "all_gather", "send", "receive", "rms_norm_by"} <= {
         spec.entry for spec in found.values()

@@ -19,13 +19,13 @@ from emulation.executable import emulated, emulated_gpu
 from test_emulated_benchmark import Graph, Torch
 
 from llmforge.engine.cuda.executable import CudaExecutable
-from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.state import KernelChoice
 from llmforge.kernels.launch import Launch
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 MODEL = of_dtype(MODELS["wide"], "bfloat16")
-LOADED: list[Products] = []
+LOADED: list[KernelChoice] = []
 
 
 class Launcher:
@@ -49,10 +49,10 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     LOADED.clear()
 
-    def load(graph: Any, weights: Any, limits: Any, products: Products) -> CudaExecutable:
-        LOADED.append(products)
+    def load(graph: Any, weights: Any, limits: Any, choice: KernelChoice) -> CudaExecutable:
+        LOADED.append(choice)
         weights = RandomWeights(cuda_attention.short(MODEL), seed=3)
-        return emulated(graph, weights, limits, products=products)
+        return emulated(graph, weights, limits, choice=choice)
 
     replaced = {
         "torch": Torch(), "MODELS": {"tiny": MODEL}, "LAYERS": 2, "VOCAB": 300, "LIMITS": LIMITS,

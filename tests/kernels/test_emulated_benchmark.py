@@ -20,7 +20,7 @@ from emulation.device import PROCESSORS, Device, EmulatedLaunch
 from emulation.executable import emulated, emulated_gpu
 
 from llmforge.engine.cuda.executable import CudaExecutable
-from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.state import KernelChoice
 from llmforge.kernels.gemv import GemvTuning
 from llmforge.kernels.rows import RowsTuning
 
@@ -30,15 +30,15 @@ MODEL = dataclasses.replace(
     of_dtype(MODELS["wide"], "bfloat16"), num_layers=1, sliding_window=(None,)
 )
 VARIANTS = {
-    "stream_gemm": Products("stream_gemm"),
-    "torch": Products("torch"),
-    "gemv": Products("gemv"),
-    "4 warps": Products("gemv", GemvTuning(warps=4, piece=1024)),
+    "stream_gemm": KernelChoice("stream_gemm"),
+    "torch": KernelChoice("torch"),
+    "gemv": KernelChoice("gemv"),
+    "4 warps": KernelChoice("gemv", GemvTuning(warps=4, piece=1024)),
 }
 FEW_ROWS = {
-    "stream_gemm": Products(few_rows="stream_gemm"),
-    "torch": Products(few_rows="torch"),
-    "4 warps": Products(few_rows="rows_gemm", rows=RowsTuning(warps=4, piece=256)),
+    "stream_gemm": KernelChoice(few_rows="stream_gemm"),
+    "torch": KernelChoice(few_rows="torch"),
+    "4 warps": KernelChoice(few_rows="rows_gemm", rows=RowsTuning(warps=4, piece=256)),
 }
 
 
@@ -97,8 +97,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     device = Device()
 
-    def load(graph: Any, weights: Any, limits: Any, products: Products) -> CudaExecutable:
-        return emulated(graph, RandomWeights(MODEL, seed=3), limits, products=products)
+    def load(graph: Any, weights: Any, limits: Any, choice: KernelChoice) -> CudaExecutable:
+        return emulated(graph, RandomWeights(MODEL, seed=3), limits, choice=choice)
 
     def time_decode(self: CudaExecutable, step: Any, repeat: int) -> float:
         assert self._runner_of(step).graph is not None

@@ -13,7 +13,7 @@ from emulation.bench import Bench
 from emulation.build import unavailable
 from emulation.executable import emulated, emulated_gpu
 
-from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import CudaTarget
 from llmforge.kernels.decode_attention import DecodeTuning, decode_plan
 from llmforge.kernels.launch import Launch
@@ -118,7 +118,7 @@ def test_steps_of_a_model(name: str) -> None:
     with emulated_gpu():
         weights = RandomWeights(config, seed=7)
         today, fused = (
-            emulated(graph, weights, LIMITS, products=Products(attention=kernel))
+            emulated(graph, weights, LIMITS, choice=KernelChoice(attention=kernel))
             for kernel in ("separate", "fused")
         )
         seen = set()

@@ -11,7 +11,7 @@ from emulation.device import PROCESSORS
 from emulation.executable import emulated, emulated_gpu
 from op_meanings import check_instructions
 
-from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import CudaTarget
 from llmforge.kernels.gemv import GemvTuning, gemv
 from llmforge.kernels.launch import Launch
@@ -160,7 +160,7 @@ def test_every_instruction_of_a_step_of_one_token(name: str, dtype: str) -> None
     graph = CudaTarget().prepare(trace(config, Topology(), 0))
     weights = RandomWeights(config, seed=5)
     with emulated_gpu():
-        cuda = emulated(graph, weights, LIMITS, products=Products("gemv"))
+        cuda = emulated(graph, weights, LIMITS, choice=KernelChoice("gemv"))
         batch = Driver(LIMITS, config.vocab_size, 3, (1,)).batch([1])
         calls = [i.call for i in cuda.instructions(batch)]
         assert any(isinstance(c, Launch) and c.kernel.entry == "gemv" for c in calls)

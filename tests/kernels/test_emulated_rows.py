@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import mmap
+
 import pytest
 import torch
 from cuda_models import LIMITS, MODELS, Driver, RandomWeights, of_dtype
@@ -11,7 +15,7 @@ from emulation.device import PROCESSORS
 from emulation.executable import emulated, emulated_gpu
 from op_meanings import check_instructions
 
-from llmforge.engine.cuda.state import Products
+from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import CudaTarget
 from llmforge.kernels.launch import Launch
 from llmforge.kernels.rows import RowsTuning, rows_gemm, rows_plan
@@ -25,7 +29,22 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 EPS = 1e-5
 GUARD = 8  # elements behind the output, which must stay as they are
 TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}  # relative to a row's norm
+LONG = dataclasses.replace(
+    MODELS["wide"], num_layers=1, sliding_window=(None,), intermediate_size=8192
+)
 SMALL = RowsTuning(warps=4, piece=128, stages=2)
+
+
+def at_the_end_of_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy behind which nothing can be read."""
+    pages = -(-tensor.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    start = pages * mmap.PAGESIZE - tensor.nbytes
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+    return copy.view(tensor.shape).copy_(tensor)
 
 
 def check(
@@ -52,6 +71,8 @@ def check(
         bench.tensors[name] = (torch.randn(shape) * scale).to(DTYPES[dtype])
     # Rows of very different size: what of one comes into another shows.
     bench.tensors["x"] *= 10.0 ** torch.arange(rows).fmod(3).view(-1, 1).to(DTYPES[dtype])
+    for name in ("x", "weight"):
+        bench.tensors[name] = at_the_end_of_memory(bench.tensors[name])
     memory = torch.full((rows * features + GUARD,), float("nan"), dtype=DTYPES[dtype])
     bench.tensors["out"] = memory[: rows * features].view(rows, features)
     plan = rows_plan(dtype, k, tuning, alone=alone)
@@ -171,18 +192,22 @@ def test_tunings(tuning: RowsTuning) -> None:
         ("wide-biases", "bfloat16", 3, 4),
         pytest.param("wide-biases", "float16", 2, 8, marks=pytest.mark.slow),
         pytest.param("wide", "bfloat16", 4, 8, marks=pytest.mark.slow),
+        # Its last product is over so many elements that two blocks share each row.
+        ("long", "bfloat16", 2, 8),
     ],
 )
 def test_every_instruction_of_a_step_of_few_tokens(
     name: str, dtype: str, rows: int, warps: int
 ) -> None:
-    config = of_dtype(MODELS[name], dtype)
+    config = of_dtype(LONG if name == "long" else MODELS[name], dtype)
     graph = CudaTarget().prepare(trace(config, Topology(), 0))
     weights = RandomWeights(config, seed=5)
     with emulated_gpu():
-        products = Products(few_rows="rows_gemm", rows=RowsTuning(warps=warps))
-        cuda = emulated(graph, weights, LIMITS, products=products)
+        choice = KernelChoice(few_rows="rows_gemm", rows=RowsTuning(warps=warps))
+        cuda = emulated(graph, weights, LIMITS, choice=choice)
         batch = Driver(LIMITS, config.vocab_size, 3, (1,) * rows).batch([1] * rows)
         calls = [i.call for i in cuda.instructions(batch)]
-        assert any(isinstance(c, Launch) and c.kernel.entry == "rows_gemm" for c in calls)
+        kernels = [c.kernel for c in calls if isinstance(c, Launch)]
+        splits = [dict(k.defines)["SPLIT"] for k in kernels if k.entry == "rows_gemm"]
+        assert splits and max(splits) == (2 if name == "long" else 1)
         check_instructions(cuda, graph, weights, batch, LOCAL, dtype)

@@ -32,9 +32,9 @@ def fused_attention(
     rope_dim = steps.table.features if steps.table else 0
     # What makes those GPUs fit for bulk copies' rings is room for two blocks of half of it.
     room = _HALF_ROOM if low.shape.bulk_copies else LEAST_ROOM
-    tuning = low.products.decode
+    tuning = low.choice.decode
     plan = decode_plan(q.dtype, *shape, rope_dim, low.shape.sequences, tuning, room)
-    wanted = low.products.attention == "fused" and low.shape.decode
+    wanted = low.choice.attention == "fused" and low.shape.decode
     if not wanted or plan is None or node.attrs.get("slopes"):
         return False
     partial = low.temporary(

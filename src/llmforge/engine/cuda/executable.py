@@ -21,7 +21,7 @@ from llmforge.engine.cuda.modules import load_modules
 from llmforge.engine.cuda.program import HeadMatmul, Instruction, Matmul, Program, Transfer
 from llmforge.engine.cuda.ranks import Ranks, take_device
 from llmforge.engine.cuda.sampling import sampling_launch
-from llmforge.engine.cuda.state import MEASURED, Products
+from llmforge.engine.cuda.state import MEASURED, KernelChoice
 from llmforge.engine.cuda.target import (
     WEIGHTS_FILE,
     programs,
@@ -58,10 +58,10 @@ class CudaExecutable:
         arch: str,
         limits: Limits,
         ranks: Ranks,
-        products: Products = MEASURED,
+        choice: KernelChoice = MEASURED,
     ) -> None:
         """`weights` are the graph's parameters on the current device, `modules` its kernels for
-        `arch` and `products`."""
+        `arch` and `choice`."""
         self.limits = limits
         self.ranks = ranks
         self.graph = graph
@@ -75,7 +75,7 @@ class CudaExecutable:
         self.sizes.set("processors", properties.multi_processor_count)
         self._last: _Runner
         self._turn = 0  # which of the two staging areas the last step has
-        lowered = programs(graph, limits, arch, ranks.links, products)
+        lowered = programs(graph, limits, arch, ranks.links, choice)
         shared = ranks.connect(lowered, self.sizes)
         self.memory = Memory(graph, limits, weights, lowered, self.device, shared)
         with torch.cuda.stream(self._stream):

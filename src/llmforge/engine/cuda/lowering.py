@@ -15,7 +15,7 @@ from llmforge.engine.cuda.patterns import PATTERNS
 from llmforge.engine.cuda.products import attend, norm, product
 from llmforge.engine.cuda.program import Program, StepShape
 from llmforge.engine.cuda.sampling import DRAWN
-from llmforge.engine.cuda.state import Lowering, Products
+from llmforge.engine.cuda.state import KernelChoice, Lowering
 from llmforge.engine.step import Limits
 from llmforge.kernels import attention
 from llmforge.kernels import launch as kernels
@@ -23,9 +23,9 @@ from llmforge.kernels.launch import Operand
 from llmforge.model.graph import Graph, Node
 
 
-def lower(graph: Graph, limits: Limits, shape: StepShape, products: Products) -> Program:
+def lower(graph: Graph, limits: Limits, shape: StepShape, choice: KernelChoice) -> Program:
     """The program of a prepared graph for steps of this shape."""
-    low = Lowering(graph, limits, shape, products)
+    low = Lowering(graph, limits, shape, choice)
     index = 0
     while index < len(graph.nodes):
         for pattern in PATTERNS:

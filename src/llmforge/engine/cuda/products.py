@@ -22,9 +22,9 @@ def kernel_of(low: Lowering, node: Node) -> ProductKernel:
     """What computes a linear node in this program."""
     weight, wanted = low.operand(node.inputs[1]), low.product_kernel()
     dtype, k = weight.dtype, weight.features
-    if wanted == "gemv" and gemv_plan(dtype, k, low.products.gemv) is None:
+    if wanted == "gemv" and gemv_plan(dtype, k, low.choice.gemv) is None:
         wanted = "stream_gemm"
-    if wanted == "rows_gemm" and rows_plan(dtype, k, low.products.rows) is None:
+    if wanted == "rows_gemm" and rows_plan(dtype, k, low.choice.rows) is None:
         wanted = "stream_gemm"
     if wanted == "stream_gemm" and stream.stream_plan(dtype, k) is None:
         wanted = "torch"
@@ -47,7 +47,7 @@ def _norms(low: Lowering, node: Node) -> bool:
 def _split(low: Lowering, kernel: ProductKernel, weight: Operand) -> int:
     """How many blocks share each row of weights, in a kernel that takes these."""
     if kernel == "rows_gemm":
-        rows = rows_plan(weight.dtype, weight.features, low.products.rows)
+        rows = rows_plan(weight.dtype, weight.features, low.choice.rows)
         assert rows is not None
         return rows.split
     plan = stream.stream_plan(weight.dtype, weight.features)
@@ -92,14 +92,14 @@ def _launch_of(
 ) -> Callable[..., Launch]:
     """The launch of one of our kernels, but for what is fused into it."""
     if kernel == "gemv":
-        return partial(gemv, out, x, weight, low.products.gemv)
+        return partial(gemv, out, x, weight, low.choice.gemv)
     features, split = weight.shape[0], _split(low, kernel, weight)
     assert isinstance(features, int)
     floats = stream.stream_scratch_floats(features, split) if split > 1 else 1
     sums = Operand(SUMS, (floats,), "float32", floats)
     scratch = stream.StreamScratch(sums, Operand("scratch.arrived", (1,), "int32", 1))
     if kernel == "rows_gemm":
-        return partial(rows_gemm, out, x, weight, scratch, low.products.rows)
+        return partial(rows_gemm, out, x, weight, scratch, low.choice.rows)
     return partial(stream.stream_gemm, out, x, weight, scratch)
 
 

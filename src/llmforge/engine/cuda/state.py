@@ -35,7 +35,7 @@ AttentionKernel = Literal["separate", "fused"]
 
 
 @dataclass(frozen=True)
-class Products:
+class KernelChoice:
     """What computes the products of decode steps of one token, and of 2 to 8 (None: what was
     fastest at the model's width), where the GPU has bulk copies: gemv.cu and rows_gemm.cu leave the
     shapes that they do not take to stream_gemm.cu, and that to torch. And what follows the product
@@ -50,7 +50,7 @@ class Products:
     rows: RowsTuning = DEFAULT_ROWS
 
 
-MEASURED = Products()
+MEASURED = KernelChoice()
 """Of those measured on an H200 (benchmarks/notes.md) the fastest."""
 
 
@@ -66,11 +66,13 @@ class DeferredNorm:
 class Lowering:
     """The program of one graph and step shape in the making."""
 
-    def __init__(self, graph: Graph, limits: Limits, shape: StepShape, products: Products) -> None:
+    def __init__(
+        self, graph: Graph, limits: Limits, shape: StepShape, choice: KernelChoice
+    ) -> None:
         self.graph = graph
         self.limits = limits
         self.shape = shape
-        self.products = products
+        self.choice = choice
         self.layout = StepLayout.of(shape, limits)
         self.readers = graph.consumers()
         self.parameters = {p.name for p in graph.parameters}
@@ -133,9 +135,9 @@ class Lowering:
         if not self.shape.decode or not self.shape.bulk_copies or tokens > stream.STREAM_ROWS:
             return "torch"
         if tokens == 1:
-            return self.products.one_row
-        if self.products.few_rows:
-            return self.products.few_rows
+            return self.choice.one_row
+        if self.choice.few_rows:
+            return self.choice.few_rows
         # Measured on an H200 (benchmarks/notes.md): for wider models the library is faster.
         return "stream_gemm" if self._widest_norm() <= _NARROW else "torch"
 

@@ -17,7 +17,7 @@ from llmforge.comm import Comm
 from llmforge.engine.cuda.lowering import COLLECTIVES, lower
 from llmforge.engine.cuda.program import Links, Program, StepShape
 from llmforge.engine.cuda.sampling import sampling_launch
-from llmforge.engine.cuda.state import MEASURED, Products
+from llmforge.engine.cuda.state import MEASURED, KernelChoice
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
 from llmforge.engine.store import GRAPH_FILE
@@ -150,7 +150,7 @@ def programs(
     limits: Limits,
     arch: str,
     links: Links = _ALL_DIRECT,
-    products: Products = MEASURED,
+    choice: KernelChoice = MEASURED,
 ) -> list[Program]:
     """The programs of an engine on GPUs of `arch`: that of any step, then those of the decode
     buckets."""
@@ -158,18 +158,18 @@ def programs(
     bulk_copies = 90 <= compiler.arch_number(arch) < 120
     general = StepShape(limits.max_num_tokens, limits.max_batch_size, False, links=links)
     decodes = [StepShape(size, size, True, bulk_copies, links) for size in decode_buckets(limits)]
-    return [lower(graph, limits, shape, products) for shape in (general, *decodes)]
+    return [lower(graph, limits, shape, choice) for shape in (general, *decodes)]
 
 
 def engine_kernels(
-    graph: Graph, limits: Limits, arch: str, products: Products = MEASURED
+    graph: Graph, limits: Limits, arch: str, choice: KernelChoice = MEASURED
 ) -> dict[str, KernelSpec]:
     """Every kernel that an engine of this graph may launch on GPUs of `arch`, by key. How ranks
     reach each other shows where it runs."""
     kernels: dict[str, KernelSpec] = {}
     joined = any(node.op in COLLECTIVES for node in graph.nodes)
     for links in (_ALL_DIRECT, Links(group=False, messages=False))[: 2 if joined else 1]:
-        for program in programs(graph, limits, arch, links, products):
+        for program in programs(graph, limits, arch, links, choice):
             kernels.update(program.kernels)
             if program.outputs:
                 kernel = sampling_launch(program).kernel
