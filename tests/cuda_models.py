@@ -19,6 +19,7 @@ from llmforge.model.graph import Graph, Parameter
 from llmforge.parallel import Topology
 from llmforge.runtime.generate import generate
 from llmforge.runtime.requests import Request
+from llmforge.runtime.sampling import sample
 from llmforge.safetensors_io import NUMPY_DTYPES
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=160, max_num_tokens=128, block_size=16, num_blocks=40)
@@ -208,6 +209,39 @@ def poison(executable: Any) -> None:
     executable.memory.arena.fill_(255)
     if executable.memory.arena.is_cuda:
         torch.cuda.synchronize()
+
+
+def check_sampling(executable: Any, vocab_size: int, params: SamplingParams, count: int) -> None:
+    """The tokens that `count` steps draw are those of the runtime from the same logits."""
+    driver = Driver(LIMITS, vocab_size, seed=5, prompts=(30, 9, 60))
+    chunks = [30, 9, 60]
+    for _ in range(count):
+        batch = driver.batch(chunks, params)
+        tokens = executable.step(batch).tokens
+        logits = executable.last_logits(len(tokens))
+        assert tokens.tolist() == sample(logits, batch.sampling).tolist()
+        driver.append(tokens.tolist(), [0, 1, 2])
+        chunks = [1, 1, 1]
+
+
+def with_equal_logits(config: ModelConfig) -> RandomWeights:
+    """All weights of the head equal: every logit is the same, so only ids break ties."""
+    weights = RandomWeights(config, 0)
+    weights.values["head.weight"][:] = weights.values["head.weight"][0]
+    return weights
+
+
+def check_ties(executable: Any, vocab_size: int) -> None:
+    """Of equal logits (`with_equal_logits`) the same are drawn as by the runtime."""
+    for params in (
+        SamplingParams(),
+        SamplingParams(temperature=1.0, top_p=0.25, seed=5),
+        SamplingParams(temperature=1.0, top_k=3, top_p=0.5, seed=6),
+    ):
+        driver = Driver(LIMITS, vocab_size, seed=5, prompts=(3, 4, 5))
+        batch = driver.batch([3, 4, 5], params)
+        tokens = executable.step(batch).tokens
+        assert tokens.tolist() == sample(executable.last_logits(3), batch.sampling).tolist()
 
 
 class _Waiting:

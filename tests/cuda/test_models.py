@@ -11,11 +11,14 @@ from cuda_models import (
     Driver,
     RandomWeights,
     check_running_ahead,
+    check_sampling,
+    check_ties,
     compile_into,
     of_dtype,
     poison,
     steps,
     tolerance,
+    with_equal_logits,
 )
 
 from llmforge.comm import LocalComm
@@ -86,15 +89,7 @@ def test_greedy_tokens_equal_in_float32(name, tmp_path):
 def test_sampling_draws_as_the_runtime_does(sampling, tmp_path):
     config = of_dtype(MODELS["wide"], "bfloat16")
     _, cuda = both(config, tmp_path, seed=4)
-    driver = Driver(LIMITS, config.vocab_size, seed=5, prompts=(30, 9, 60))
-    chunks = [30, 9, 60]
-    for _ in range(40):
-        batch = driver.batch(chunks, SAMPLINGS[sampling])
-        tokens = cuda.step(batch).tokens
-        cuda_logits = cuda.last_logits(len(tokens))
-        assert tokens.tolist() == sample(cuda_logits, batch.sampling).tolist()
-        driver.append(tokens.tolist(), [0, 1, 2])
-        chunks = [1, 1, 1]
+    check_sampling(cuda, config.vocab_size, SAMPLINGS[sampling], 40)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,20 +100,8 @@ def test_running_ahead_gives_the_same_tokens(dtype, tmp_path):
 
 
 def test_ties_and_equal_logits(tmp_path):
-    """All weights of the head equal: every logit is the same, so only ids break ties."""
     config = of_dtype(MODELS["llama"], "bfloat16")
-    weights = RandomWeights(config, 0)
-    weights.values["head.weight"][:] = weights.values["head.weight"][0]
     target = CudaTarget()
     graph = target.prepare(trace(config, Topology(), 0))
-    out = compile_into(target, graph, weights, LIMITS, tmp_path / "engine")
-    cuda = target.load(out, Topology(), LIMITS, LocalComm())
-    for params in (
-        SamplingParams(),
-        SamplingParams(temperature=1.0, top_p=0.25, seed=5),
-        SamplingParams(temperature=1.0, top_k=3, top_p=0.5, seed=6),
-    ):
-        driver = Driver(LIMITS, config.vocab_size, seed=5, prompts=(3, 4, 5))
-        batch = driver.batch([3, 4, 5], params)
-        tokens = cuda.step(batch).tokens
-        assert tokens.tolist() == sample(cuda.last_logits(3), batch.sampling).tolist()
+    out = compile_into(target, graph, with_equal_logits(config), LIMITS, tmp_path / "engine")
+    check_ties(target.load(out, Topology(), LIMITS, LocalComm()), config.vocab_size)

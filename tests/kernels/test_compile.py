@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from compiling import compile_all
 
 from llmforge.kernels import compile as compiler
 from llmforge.kernels.compile import CompileError, KernelSpec, compile_kernel
@@ -68,8 +67,7 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_compiles_without_unexpected_spills(arch):
     kernels = list(kernels_of_models(arch).values())
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        compiled = list(pool.map(lambda spec: compile_kernel(spec, arch), kernels))
+    compiled = compile_all(kernels, arch)
     spills = {
         (spec.entry, spec.defines): result.spill_bytes
         for spec, result in zip(kernels, compiled, strict=True)

@@ -10,20 +10,18 @@ from emulation.build import unavailable
 from emulation.device import PROCESSORS
 from emulation.executable import emulated, emulated_gpu
 from op_meanings import check_instructions
+from product_meanings import EPS, GUARD, TOLERANCE, meaning, random_operands
 
 from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import CudaTarget
 from llmforge.kernels.gemv import GemvTuning, gemv
 from llmforge.kernels.launch import Launch
 from llmforge.model.decoder import trace
-from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
+from llmforge.model.reference import DTYPES, LOCAL
 from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
-EPS = 1e-5
-GUARD = 8  # elements behind the output, which must stay as they are
-TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}  # relative to a row's norm
 SMALL = GemvTuning(warps=2, piece=512, stages=2)
 
 
@@ -42,12 +40,9 @@ def check(
 ) -> None:
     """Compare a product that gives `features` features of k elements."""
     torch.manual_seed(features + k + seed)
-    rows = features * (2 if activation else 1)
     bench = Bench(seed)
-    shapes = {"x": (1, k), "weight": (rows, k), "norm": (k,), "bias": (rows,)}
-    for name, shape in (shapes | {"residual": (1, features)}).items():
-        scale = k**-0.5 if name == "weight" else 1.0
-        bench.tensors[name] = (torch.randn(shape) * scale).to(DTYPES[dtype])
+    gated = activation is not None
+    bench.tensors.update(random_operands(1, features, k, dtype, gated=gated))
     memory = torch.full((features + GUARD,), float("nan"), dtype=DTYPES[dtype])
     bench.tensors["out"] = memory[:features].view(1, features)
     launch = gemv(
@@ -68,21 +63,6 @@ def check(
     error = float((got - want).norm() / want.norm())
     assert error <= TOLERANCE[dtype], error
     assert memory[features:].isnan().all(), "wrote behind its output"
-
-
-def meaning(
-    tensors: dict[str, torch.Tensor], norm: bool, bias: bool, residual: bool, activation: str | None
-) -> torch.Tensor:
-    """What is meant, the sums in float32."""
-    x, dtype = tensors["x"], tensors["x"].dtype
-    if norm:
-        (x,) = REFERENCE["rms_norm"]([x, tensors["norm"]], {"eps": EPS}, LOCAL)
-    sums = x.float() @ tensors["weight"].float().T
-    product = (sums + tensors["bias"].float() if bias else sums).to(dtype)
-    if activation:
-        attrs = {"activation": activation}
-        (product,) = REFERENCE["gated_activation"](list(product.chunk(2, -1)), attrs, LOCAL)
-    return product + tensors["residual"] if residual else product
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

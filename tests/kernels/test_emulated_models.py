@@ -12,12 +12,15 @@ from cuda_models import (
     Driver,
     RandomWeights,
     check_running_ahead,
+    check_sampling,
+    check_ties,
     compile_into,
     of_dtype,
     poison,
     rank_weights,
     steps,
     tolerance,
+    with_equal_logits,
 )
 from emulation.build import unavailable
 from emulation.executable import emulated, emulated_gpu
@@ -26,10 +29,8 @@ from thread_comm import run_ranks
 from llmforge.comm import Comm, LocalComm
 from llmforge.engine.cpu.target import CpuTarget
 from llmforge.engine.cuda.target import CudaTarget
-from llmforge.engine.step import SamplingParams
 from llmforge.model.decoder import trace
 from llmforge.parallel import Topology
-from llmforge.runtime.sampling import sample
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -103,15 +104,7 @@ def test_sampling_draws_as_the_runtime_does(sampling):
     config = of_dtype(MODELS["llama"], "bfloat16")
     with emulated_gpu():
         cuda = emulated_rank(config, 4)
-        driver = Driver(LIMITS, config.vocab_size, seed=5, prompts=(30, 9, 60))
-        chunks = [30, 9, 60]
-        for _ in range(6):
-            batch = driver.batch(chunks, SAMPLINGS[sampling])
-            tokens = cuda.step(batch).tokens
-            logits = cuda.last_logits(len(tokens))
-            assert tokens.tolist() == sample(logits, batch.sampling).tolist()
-            driver.append(tokens.tolist(), [0, 1, 2])
-            chunks = [1, 1, 1]
+        check_sampling(cuda, config.vocab_size, SAMPLINGS[sampling], 6)
 
 
 def test_running_ahead_gives_the_same_tokens():
@@ -124,19 +117,8 @@ def test_running_ahead_gives_the_same_tokens():
     "name", [pytest.param("llama"), pytest.param("wide", marks=pytest.mark.slow)]
 )
 def test_ties_and_equal_logits(name):
-    """All weights of the head equal: every logit is the same, so only ids break ties."""
-    config = of_dtype(MODELS["llama"], "bfloat16")
-    weights = RandomWeights(config, 0)
-    weights.values["head.weight"][:] = weights.values["head.weight"][0]
+    config = of_dtype(MODELS[name], "bfloat16")
     graph = CudaTarget().prepare(trace(config, Topology(), 0))
     with emulated_gpu():
-        cuda = emulated(graph, weights, LIMITS)
-        for params in (
-            SamplingParams(),
-            SamplingParams(temperature=1.0, top_p=0.25, seed=5),
-            SamplingParams(temperature=1.0, top_k=3, top_p=0.5, seed=6),
-        ):
-            driver = Driver(LIMITS, config.vocab_size, seed=5, prompts=(3, 4, 5))
-            batch = driver.batch([3, 4, 5], params)
-            tokens = cuda.step(batch).tokens
-            assert tokens.tolist() == sample(cuda.last_logits(3), batch.sampling).tolist()
+        cuda = emulated(graph, with_equal_logits(config), LIMITS)
+        check_ties(cuda, config.vocab_size)

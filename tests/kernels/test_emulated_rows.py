@@ -14,6 +14,7 @@ from emulation.build import unavailable
 from emulation.device import PROCESSORS
 from emulation.executable import emulated, emulated_gpu
 from op_meanings import check_instructions
+from product_meanings import EPS, GUARD, TOLERANCE, meaning, random_operands
 
 from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import CudaTarget
@@ -21,14 +22,11 @@ from llmforge.kernels.launch import Launch
 from llmforge.kernels.rows import RowsTuning, rows_gemm, rows_plan
 from llmforge.kernels.stream import StreamScratch, stream_scratch_floats
 from llmforge.model.decoder import trace
-from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
+from llmforge.model.reference import DTYPES, LOCAL
 from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
-EPS = 1e-5
-GUARD = 8  # elements behind the output, which must stay as they are
-TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}  # relative to a row's norm
 LONG = dataclasses.replace(
     MODELS["wide"], num_layers=1, sliding_window=(None,), intermediate_size=8192
 )
@@ -63,12 +61,9 @@ def check(
 ) -> None:
     """Compare a product of `rows` rows that gives `features` features of k elements, twice."""
     torch.manual_seed(features + k + rows + seed)
-    weight_rows = features * (2 if activation else 1)
     bench = Bench(seed)
-    shapes = {"x": (rows, k), "weight": (weight_rows, k), "norm": (k,), "bias": (weight_rows,)}
-    for name, shape in (shapes | {"residual": (rows, features)}).items():
-        scale = k**-0.5 if name == "weight" else 1.0
-        bench.tensors[name] = (torch.randn(shape) * scale).to(DTYPES[dtype])
+    gated = activation is not None
+    bench.tensors.update(random_operands(rows, features, k, dtype, gated=gated))
     # Rows of very different size: what of one comes into another shows.
     bench.tensors["x"] *= 10.0 ** torch.arange(rows).fmod(3).view(-1, 1).to(DTYPES[dtype])
     for name in ("x", "weight"):
@@ -77,7 +72,7 @@ def check(
     bench.tensors["out"] = memory[: rows * features].view(rows, features)
     plan = rows_plan(dtype, k, tuning, alone=alone)
     assert plan is not None
-    floats = stream_scratch_floats(weight_rows, plan.split)
+    floats = stream_scratch_floats(len(bench.tensors["weight"]), plan.split)
     bench.tensors["partial"] = torch.full((floats + GUARD,), float("nan"))
     bench.tensors["counters"] = torch.zeros(PROCESSORS, dtype=torch.int32)
     launch = rows_gemm(
@@ -101,21 +96,6 @@ def check(
         assert (errors <= TOLERANCE[dtype]).all(), errors
     assert memory[rows * features :].isnan().all(), "wrote behind its output"
     assert bench.tensors["partial"][floats:].isnan().all(), "wrote behind its scratch"
-
-
-def meaning(
-    tensors: dict[str, torch.Tensor], norm: bool, bias: bool, residual: bool, activation: str | None
-) -> torch.Tensor:
-    """What is meant, the sums in float32."""
-    x, dtype = tensors["x"], tensors["x"].dtype
-    if norm:
-        (x,) = REFERENCE["rms_norm"]([x, tensors["norm"]], {"eps": EPS}, LOCAL)
-    sums = x.float() @ tensors["weight"].float().T
-    product = (sums + tensors["bias"].float() if bias else sums).to(dtype)
-    if activation:
-        attrs = {"activation": activation}
-        (product,) = REFERENCE["gated_activation"](list(product.chunk(2, -1)), attrs, LOCAL)
-    return product + tensors["residual"] if residual else product
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

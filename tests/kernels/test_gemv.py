@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from compiling import compile_all
 
 from llmforge.kernels import compile as compiler
-from llmforge.kernels.compile import compile_kernel
 from llmforge.kernels.gemv import GemvTuning, gemv, gemv_plan
 from llmforge.kernels.launch import Launch, Operand
 
@@ -94,6 +92,5 @@ def test_it_compiles_without_spills(arch: str) -> None:
         call(50, 1000, bias=vector("b", 50)),
         call(64, 64, GemvTuning(release="with x"), "float16", activation="gelu"),
     ]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        compiled = list(pool.map(lambda each: compile_kernel(each.kernel, arch), calls))
+    compiled = compile_all([each.kernel for each in calls], arch)
     assert [result.spill_bytes for result in compiled] == [0] * len(calls)

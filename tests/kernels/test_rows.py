@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from compiling import compile_all
 
 from llmforge.kernels import compile as compiler
-from llmforge.kernels.compile import compile_kernel
 from llmforge.kernels.launch import Launch, Operand
 from llmforge.kernels.rows import RowsTuning, rows_gemm, rows_plan
 from llmforge.kernels.stream import StreamScratch
@@ -123,6 +121,5 @@ def test_it_compiles_without_spills(arch: str) -> None:
         call(4096, 4096, RowsTuning(release="with x"), bias=vector("b", 4096)),
         call(14336, 14336, dtype="float16", activation="gelu", bias=vector("b", 28672, "float16")),
     ]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        compiled = list(pool.map(lambda each: compile_kernel(each.kernel, arch), calls))
+    compiled = compile_all([each.kernel for each in calls], arch)
     assert [result.spill_bytes for result in compiled] == [0] * len(calls)

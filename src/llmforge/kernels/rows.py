@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmforge.kernels.gemv import (
-    ALONE_BYTES,
-    OVERHEAD_BYTES,
-    RELEASES,
-    SHARED_BYTES,
-    Release,
-)
 from llmforge.kernels.launch import (
     Float,
     Launch,
@@ -20,6 +13,13 @@ from llmforge.kernels.launch import (
     require,
     same_dtype,
     specialised,
+)
+from llmforge.kernels.product import (
+    ALONE_BYTES,
+    OVERHEAD_BYTES,
+    SHARED_BYTES,
+    RingTuning,
+    fused_defines,
 )
 from llmforge.kernels.stream import StreamScratch
 
@@ -34,26 +34,22 @@ _SUMS_BYTES = 64 * 4  # of a tile, that a warp hands over
 
 
 @dataclass(frozen=True)
-class RowsTuning:
+class RowsTuning(RingTuning):
     """What a measurement is to choose; benchmarks/cuda_products.py is one.
 
     warps: of a block. piece: the most bytes of one copy, less where shared memory does not hold all
-    rings. stages: slots of a warp's ring. early, evict_first, release: EARLY, EVICT_FIRST and
-    RELEASE of rows_gemm.cu."""
+    rings. stages: slots of a warp's ring."""
 
     warps: int = 8
     piece: int = 512
     stages: int = 3
-    early: bool = True
-    evict_first: bool = True
-    release: Release = "at once"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.warps in (4, 8), "rows_gemm: 4 or 8 warps")
         whole = self.piece > 0 and self.piece % _PIECE_BYTES == 0
         require(whole, f"rows_gemm: pieces of {_PIECE_BYTES} bytes")
         require(0 < self.stages <= _MAX_STAGES, f"rows_gemm: 1 to {_MAX_STAGES} stages")
-        require(self.release in RELEASES, f"rows_gemm: release {self.release!r}")
 
 
 DEFAULT_ROWS = RowsTuning()
@@ -116,29 +112,22 @@ def rows_gemm(
     assert isinstance(features, int) and isinstance(k, int)
     plan = rows_plan(dtype, k, tuning, alone=alone)
     assert plan is not None, f"rows_plan takes no products over {k} {dtype}"
-    gated = activation is not None
     require(x.features == k and x.contiguous, "rows_gemm: x is [rows, k], contiguous")
     require(x.offset % 8 == 0, "rows_gemm: x is aligned to 16 bytes")
     require(norm_weight is None or norm_weight.features == k, "rows_gemm: a norm of all of x")
     require(norm_weight is None or plan.split == 1, "rows_gemm: a norm needs all of k")
-    require(weight.contiguous and weight.offset == 0, "rows_gemm: weights lie whole")
-    require(not gated or features % 2 == 0, "rows_gemm: as many rows of gate as of up")
-    require(not (gated and residual), "rows_gemm: gated or residual, not both")
-    require(out.features == (features // 2 if gated else features), "rows_gemm: out's features")
     require(residual is None or residual.row_stride == out.row_stride, "rows_gemm: strides")
-    defines = {
-        "K": k, "SPLIT": plan.split, "WARPS": tuning.warps, "PIECE": plan.piece,
-        "STAGES": tuning.stages, "AREA": plan.area, "NORM": int(norm_weight is not None),
-        "BIAS": int(bias is not None), "RESIDUAL": int(residual is not None), "GATED": int(gated),
-        "EARLY": int(tuning.early), "EVICT_FIRST": int(tuning.evict_first),
-        "RELEASE": RELEASES.index(tuning.release),
-    }  # fmt: skip
-    if activation is not None:
-        defines[f"ACTIVATION_{activation.upper()}"] = 1
+    fused = fused_defines(
+        "rows_gemm", out, weight,
+        bias=bias, residual=residual, norm_weight=norm_weight, activation=activation,
+    )  # fmt: skip
     arguments = (
         out, x, weight, bias, residual, norm_weight, scratch.partial, scratch.counters,
         extent(x.shape[0]), features, out.row_stride, Float(eps),
     )  # fmt: skip
-    spec = specialised("rows_gemm.cu", "rows_gemm", dtype, **defines)
+    spec = specialised(
+        "rows_gemm.cu", "rows_gemm", dtype, K=k, SPLIT=plan.split, WARPS=tuning.warps,
+        PIECE=plan.piece, STAGES=tuning.stages, AREA=plan.area, **fused, **tuning.ring_defines,
+    )  # fmt: skip
     grid = (Size("processors"), 1, 1)
     return Launch(spec, arguments, grid, tuning.warps * 32, plan.shared_bytes)

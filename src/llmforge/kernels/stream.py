@@ -15,6 +15,7 @@ from llmforge.kernels.launch import (
     same_dtype,
     specialised,
 )
+from llmforge.kernels.product import fused_defines
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,12 @@ def stream_gemm(
     require(x.features == k and x.contiguous, "stream_gemm: x is [rows, k], contiguous")
     require(norm_weight is None or plan.split == 1, "stream_gemm: a norm needs all of k")
     gated = activation is not None
-    require(weight.contiguous and weight.offset == 0, "stream_gemm: weights lie whole")
     require(not gated or features % 16 == 0, "stream_gemm: gate and up in whole tiles")
-    require(not (gated and residual), "stream_gemm: gated or residual, not both")
-    require(out.features == (features // 2 if gated else features), "stream_gemm: out's features")
     require(residual is None or residual.row_stride == out.row_stride, "stream_gemm: strides")
-    defines = {
-        "K": k, "SPLIT": plan.split, "WARPS": _STREAM_WARPS, "CHUNK": plan.chunk,
-        "STAGES": plan.stages, "NORM": int(norm_weight is not None), "BIAS": int(bias is not None),
-        "RESIDUAL": int(residual is not None), "GATED": int(gated),
-    }  # fmt: skip
-    if activation is not None:
-        defines[f"ACTIVATION_{activation.upper()}"] = 1
+    fused = fused_defines(
+        "stream_gemm", out, weight,
+        bias=bias, residual=residual, norm_weight=norm_weight, activation=activation,
+    )  # fmt: skip
     rows, halves = x.shape[0], 2 if gated else 1
     weights = TensorMap(weight, halves, (plan.chunk // 64, halves, 16 // halves, 64))
     arguments = (
@@ -117,5 +112,8 @@ def stream_gemm(
     shared = _STREAM_WARPS * plan.stages * plan.stage_bytes + 1024
     if alone:
         shared = max(shared, _ALONE_BYTES)
-    spec = specialised("stream_gemm.cu", "stream_gemm", dtype, **defines)
+    spec = specialised(
+        "stream_gemm.cu", "stream_gemm", dtype, K=k, SPLIT=plan.split, WARPS=_STREAM_WARPS,
+        CHUNK=plan.chunk, STAGES=plan.stages, **fused,
+    )  # fmt: skip
     return Launch(spec, arguments, (Size("processors"), 1, 1), _STREAM_WARPS * 32, shared)

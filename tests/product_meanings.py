@@ -1,0 +1,44 @@
+"""What a product with all that our kernels fuse into it must give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
+
+EPS = 1e-5
+GUARD = 8  # elements behind an output, which must stay as they are
+TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}  # relative to a row's norm
+
+
+def random_operands(
+    rows: int, features: int, k: int, dtype: str, *, gated: bool
+) -> dict[str, torch.Tensor]:
+    """x, weight, norm, bias and residual of a product that gives `features` features."""
+    weights = features * (2 if gated else 1)
+    shapes = {"x": (rows, k), "weight": (weights, k), "norm": (k,), "bias": (weights,)}
+    return {
+        name: (torch.randn(shape) * (k**-0.5 if name == "weight" else 1.0)).to(DTYPES[dtype])
+        for name, shape in (shapes | {"residual": (rows, features)}).items()
+    }
+
+
+def meaning(
+    tensors: Mapping[str, torch.Tensor],
+    norm: bool,
+    bias: bool,
+    residual: bool,
+    activation: str | None,
+) -> torch.Tensor:
+    """What is meant, the sums in float32."""
+    x, dtype = tensors["x"], tensors["x"].dtype
+    if norm:
+        (x,) = REFERENCE["rms_norm"]([x, tensors["norm"]], {"eps": EPS}, LOCAL)
+    sums = x.float() @ tensors["weight"].float().T
+    product = (sums + tensors["bias"].float() if bias else sums).to(dtype)
+    if activation:
+        attrs = {"activation": activation}
+        (product,) = REFERENCE["gated_activation"](list(product.chunk(2, -1)), attrs, LOCAL)
+    return product + tensors["residual"] if residual else product
