@@ -106,3 +106,37 @@ def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype):
     bench.run(kernels.sample(*(bench.operand(name) for name in names)))
     want = sample(logits.float().numpy(), drawn_by)
     assert bench.tensors["tokens"].tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(40_008, torch.bfloat16), (9_001, torch.float32)])
+def test_greedy_tokens_are_the_first_of_the_largest_logits(vocab, dtype):
+    """In rows longer than what a block loads at once; and NaN is seen wherever it is."""
+    rng, rows = np.random.default_rng(vocab), 12
+    logits = torch.from_numpy(rng.integers(-12, 13, (rows, vocab))).to(dtype)
+    at = rng.integers(1, vocab, rows)
+    for row in range(0, 4):
+        logits[row, at[row]] = 20.0  # the only one
+    logits[4, : at[4]] = -torch.inf
+    logits[5, at[5]] = logits[6, 0] = torch.nan
+    logits[7, at[7]] = torch.inf
+    params, history = np.zeros(rows, PARAMS), np.zeros(rows, np.int32)
+    greedy = SamplingParams(temperature=0.0)
+    fill_params(params, [SampleRow(greedy, 0, history[:0])] * rows, history)
+    bench = Bench()
+    bench.tensors.update(
+        logits=logits,
+        params=torch.from_numpy(params.view(np.int32)),
+        history=torch.from_numpy(history),
+        seen=torch.zeros(rows * -(-vocab // 32), dtype=torch.int32),
+        tokens=torch.full((rows,), -1, dtype=torch.int32),
+        largest=torch.zeros(rows),
+    )
+    names = ("tokens", "largest", "logits", "params", "history", "seen")
+    bench.run(kernels.sample(*(bench.operand(name) for name in names)))
+    torch.testing.assert_close(
+        bench.tensors["largest"], logits.float().max(-1).values, equal_nan=True, rtol=0, atol=0
+    )
+    numbers = [row for row in range(rows) if row not in (5, 6)]
+    first = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits[numbers].float()])
+    assert bench.tensors["tokens"][numbers].tolist() == first.tolist()
+    assert bench.tensors["tokens"][5] == at[5] and bench.tensors["tokens"][6] == 0

@@ -81,7 +81,7 @@ def product(
         norm_weight=norm.weight if norm else None,
         eps=norm.eps if norm else 0.0,
         activation=activation,
-        alone=low.streamed % 2 == 1,
+        alone=low.streamed % 2 == 1 and not __import__("os").environ.get("NOALONE"),
     )
     low.streamed += 1
     low.emit(call, *computed)

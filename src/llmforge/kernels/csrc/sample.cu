@@ -13,6 +13,7 @@ struct Params {
     int history_start, history_len;
 };
 
+#define LOADS 8  // a thread has under way
 #define SEEN_WORDS ((VOCAB + 31) / 32)
 #define MASS_SCALE 35184372088832.0  // 2^45: sums of 2^18 weights of at most 1 fit 63 bits
 
@@ -201,12 +202,23 @@ sample(int* tokens, float* largest, const T* logits, const Params* params, const
     }
     float best = 0;
     int token = -1;
-    for (int i = threadIdx.x; i < VOCAB / WIDTH; i += THREADS) {
-        const Pack<WIDTH> pack = ((const Pack<WIDTH>*)row.logits)[i];
+    // Several loads at a time: one after another they would take most of the time.
+    const Pack<WIDTH>* packs = (const Pack<WIDTH>*)row.logits;
+    for (int first = threadIdx.x; first < VOCAB / WIDTH; first += LOADS * THREADS) {
+        Pack<WIDTH> loaded[LOADS];
 #pragma unroll
-        for (int j = 0; j < WIDTH; j++) {
-            const float x = row.penalised(to_float(pack.v[j]), i * WIDTH + j);
-            if (token < 0 || x > best || (x != x && best == best)) best = x, token = i * WIDTH + j;
+        for (int l = 0; l < LOADS; l++)
+            if (first + l * THREADS < VOCAB / WIDTH) loaded[l] = packs[first + l * THREADS];
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            const int i = first + l * THREADS;
+            if (i >= VOCAB / WIDTH) break;
+            if (token < 0) best = row.penalised(to_float(loaded[l].v[0]), token = i * WIDTH);
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                const float x = row.penalised(to_float(loaded[l].v[j]), i * WIDTH + j);
+                if (!(x <= best) && best == best) best = x, token = i * WIDTH + j;
+            }
         }
     }
     block_best(best, token);
