@@ -219,14 +219,13 @@ def between_ends(executable: CudaExecutable, step: StepBatch) -> dict[str, tuple
     calls = [i.call for i in executable.instructions(step)]
     launches = [call for call in calls if isinstance(call, Launch)]
     ends = kernel_ends(lambda: executable.time_decode(step, repeat=5))
-    count = len(launches) + 1  # with sampling
+    count = len(launches) + 3  # fetched before, drawn and delivered behind
     if len(launches) < len(calls) or not ends or len(ends) % count:
         return {}
     found: dict[str, list[float]] = {}
     for first in range(0, len(ends), count):
-        for i in range(1, len(launches)):
-            call, time = launches[i], ends[first + i] - ends[first + i - 1]
-            found.setdefault(_label(call), []).append(time)
+        for i, call in enumerate(launches):
+            found.setdefault(_label(call), []).append(ends[first + i + 1] - ends[first + i])
     steps = len(ends) // count
     return {name: (len(times) // steps, statistics.mean(times)) for name, times in found.items()}
 

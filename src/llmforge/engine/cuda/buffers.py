@@ -23,8 +23,8 @@ Tensor = torch.Tensor
 
 
 class Staging:
-    """The host's side of a step: its arrays, to be uploaded, and what it draws. In pinned memory,
-    so that copies run beside the host's work."""
+    """The host's side of a step: its arrays, and what it draws. In pinned memory, where the GPU
+    fetches and delivers them itself."""
 
     def __init__(self, nbytes: int, limits: Limits) -> None:
         self.arrays = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -104,8 +104,13 @@ class Memory:
             max(p.arena_bytes for p in all_programs), dtype=torch.uint8, device=device
         )
         most = max(p.layout.nbytes for p in all_programs)
-        self.step_device = torch.zeros(most, dtype=torch.uint8, device=device)
-        self.staging = (Staging(most, limits), Staging(most, limits))
+        self.tensors["step"] = torch.zeros(most, dtype=torch.uint8, device=device)
+        self._staging = (Staging(most, limits), Staging(most, limits))
+        self._turn = 0
+        self.tensors["staging.turn"] = torch.zeros(1, dtype=torch.int32, device=device)
+        for turn, staging in enumerate(self._staging):
+            self.tensors[f"staging.arrays.{turn}"] = staging.arrays
+            self.tensors[f"staging.drawn.{turn}"] = staging.drawn
         self._history_host = torch.zeros(batch * limits.max_seq_len, dtype=torch.int32)
 
     def address(self, program: Program, name: str) -> int:
@@ -113,7 +118,7 @@ class Memory:
             return self.arena.data_ptr() + program.arena[name]
         if name.startswith("step."):
             field = program.layout.fields[name.removeprefix("step.")]
-            return self.step_device.data_ptr() + field.offset
+            return self.tensors["step"].data_ptr() + field.offset
         if name in self._shared:
             return self._shared[name]
         return self.tensors[name].data_ptr()
@@ -128,6 +133,12 @@ class Memory:
             strides = [operand.row_stride, 1] if len(shape) == 2 else [1]
             return base.as_strided(shape, strides)
         return self.tensors[operand.buffer]
+
+    def next_staging(self) -> Staging:
+        """The area that the next step will fetch: to be called once for each step that runs."""
+        staging = self._staging[self._turn]
+        self._turn = 1 - self._turn
+        return staging
 
     def fill_sampling(self, staging: Staging, program: Program, batch: StepBatch) -> None:
         """Write how to sample each row, and upload the histories where any row needs one."""

@@ -1,9 +1,9 @@
 """A rank's engine on the GPU.
 
 Decode steps run as one CUDA graph a batch bucket: the network and sampling. Other steps launch the
-same kinds of kernels one by one. Either way a step is one upload, the kernels and one download, and
-the host waits once. It may begin the next step before it waits: a token that the step before draws
-is then read where that step leaves it on the GPU.
+same kinds of kernels one by one. Either way kernels fetch what the host wrote for the step and
+deliver what was drawn, and the host waits once. It may begin the next step before it waits: a token
+that the step before draws is then read where that step leaves it on the GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llmforge.engine.cuda.buffers import Memory, Staging
 from llmforge.engine.cuda.modules import load_modules
 from llmforge.engine.cuda.program import HeadMatmul, Instruction, Matmul, Program, Transfer
 from llmforge.engine.cuda.ranks import Ranks, take_device
-from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.cuda.state import MEASURED, KernelChoice
+from llmforge.engine.cuda.step_ends import deliver_launch, fetch_launch, sampling_launch
 from llmforge.engine.cuda.target import (
     WEIGHTS_FILE,
     programs,
@@ -74,7 +74,6 @@ class CudaExecutable:
         properties = torch.cuda.get_device_properties(self.device)
         self.sizes.set("processors", properties.multi_processor_count)
         self._last: _Runner
-        self._turn = 0  # which of the two staging areas the last step has
         lowered = programs(graph, limits, arch, ranks.links, choice)
         shared = ranks.connect(lowered, self.sizes)
         self.memory = Memory(graph, limits, weights, lowered, self.device, shared)
@@ -119,8 +118,7 @@ class CudaExecutable:
     def _begin(self, batch: StepBatch) -> Staging:
         """Put a step on the stream."""
         runner = self._runner_of(batch)
-        self._turn = 1 - self._turn
-        staging = self.memory.staging[self._turn]
+        staging = self.memory.next_staging()
         if batch.sampling:
             self.memory.fill_sampling(staging, runner.program, batch)
         runner.run(batch, staging)
@@ -140,7 +138,7 @@ class CudaExecutable:
         one that differs from another target's."""
         runner = self._runner_of(batch)
         with torch.cuda.stream(self._stream):
-            names = runner.run_eagerly(batch, self.memory.staging[0], stop_after)
+            names = runner.run_eagerly(batch, stop_after)
             rows = {"tokens": batch.num_tokens, "rows": len(batch.logit_rows)}
             copies = {name: runner.tensor(name, rows).clone() for name in names}
             # The caller reads them on another stream, which does not wait for this one.
@@ -148,13 +146,15 @@ class CudaExecutable:
             return copies
 
     def time_decode(self, batch: StepBatch, repeat: int) -> float:
-        """Seconds of device time that a decode step takes: the median of `repeat`."""
+        """Seconds of device time that a decode step takes, once two steps of this batch have run:
+        the median of `repeat`."""
         graph = self._runner_of(batch).graph
         assert graph is not None, "only decode steps are graphs"
         times: list[float] = []
         with torch.cuda.stream(self._stream):
             for _ in range(repeat):
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self.memory.next_staging()  # as it was filled by the steps before
                 start.record()
                 graph.replay()
                 stop.record()
@@ -184,8 +184,9 @@ class CudaExecutable:
 
     # -- what runners need ------------------------------------------------------------------------
 
-    def bind(self, instruction: Instruction, program: Program) -> Call:
-        """The instruction as a function of a stream."""
+    def bind(self, instruction: Instruction, program: Program, *, overlap: bool = True) -> Call:
+        """The instruction as a function of a stream. overlap: its kernel, if it is one of ours, may
+        start while the one before still runs."""
         call = instruction.call
         if isinstance(call, Matmul):
             return _BoundMatmul(call, self.memory, program, self.sizes)
@@ -193,16 +194,16 @@ class CudaExecutable:
             return _BoundHeadMatmul(call, self.memory, program, self.sizes)
         if isinstance(call, Transfer):
             return _BoundTransfer(call, self.memory, program, self.sizes, self.ranks)
-        return self.bind_launch(call, program)
+        return self.bind_launch(call, program, overlap=overlap)
 
-    def bind_launch(self, launch: Launch, program: Program) -> Call:
-        overlap = torch.cuda.get_device_capability(self.device)[0] >= 9
+    def bind_launch(self, launch: Launch, program: Program, *, overlap: bool = True) -> Call:
+        able = torch.cuda.get_device_capability(self.device)[0] >= 9
         return BoundLaunch(
             launch,
             self._modules[launch.kernel.key],
             lambda name: self.memory.address(program, name),
             self.sizes,
-            overlap=overlap,
+            overlap=overlap and able,
         )
 
 
@@ -213,29 +214,29 @@ class _Runner:
         self.program = program
         self._memory = owner.memory
         self._sizes = owner.sizes
-        self._calls = [owner.bind(i, program) for i in program.instructions]
-        # Rank 0 draws, whoever computes the logits.
-        draws = owner.ranks.rank == 0
-        self._sample = owner.bind_launch(sampling_launch(program), program) if draws else None
+        self._fetch = owner.bind_launch(fetch_launch(program), program)
+        first, *others = program.instructions
+        self._calls = [
+            owner.bind(first, program, overlap=False)
+        ]  # all behind it has what is fetched
+        self._calls += [owner.bind(instruction, program) for instruction in others]
+        self._draw: list[Call] = []
+        if owner.ranks.rank == 0:  # it draws, whoever computes the logits
+            ends = sampling_launch(program), deliver_launch(owner.limits.max_batch_size)
+            self._draw = [owner.bind_launch(launch, program) for launch in ends]
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._nbytes = program.layout.nbytes
-        self._device = self._memory.step_device[: self._nbytes]
 
     def run(self, batch: StepBatch, staging: Staging) -> None:
         """Compute the step and draw its tokens."""
-        self._upload(batch, staging)
+        self._write(batch, staging)
         if self.graph is None:
             self._launch_all()
         else:
             self.graph.replay()
-        if self._sample and self._sizes.get("rows"):
-            staging.drawn.copy_(self._memory.tensors["sample.tokens"], non_blocking=True)
 
-    def run_eagerly(
-        self, batch: StepBatch, staging: Staging, stop_after: int | None
-    ) -> tuple[str, ...]:
+    def run_eagerly(self, batch: StepBatch, stop_after: int | None) -> tuple[str, ...]:
         """Compute the step up to an instruction; the names of what it computed."""
-        self._upload(batch, staging)
+        self._write(batch, self._memory.next_staging())
         self._launch_all(stop_after)
         if stop_after is None:
             return self.program.outputs
@@ -246,7 +247,7 @@ class _Runner:
         nothing = np.zeros(0, np.int32)
         no_table = nothing.reshape(0, 0)
         empty = StepBatch(nothing, nothing, nothing, nothing, no_table, nothing, nothing)
-        self._upload(empty, self._memory.staging[0])
+        self._write(empty, self._memory.next_staging())
         self._launch_all()  # once before: libraries make their handles and workspaces now
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -268,18 +269,19 @@ class _Runner:
 
     def _launch_all(self, stop_after: int | None = None) -> None:
         stream = torch.cuda.current_stream().cuda_stream
+        self._fetch(stream)
         for call in self._calls if stop_after is None else self._calls[: stop_after + 1]:
             call(stream)
-        if self._sample and stop_after is None and self._sizes.get("rows"):
-            self._sample(stream)
+        if stop_after is None and self._sizes.get("rows"):
+            for call in self._draw:
+                call(stream)
 
-    def _upload(self, batch: StepBatch, staging: Staging) -> None:
+    def _write(self, batch: StepBatch, staging: Staging) -> None:
         """Fill the step's arrays and set its sizes."""
         if self.program.shape.decode:
             self._fill_decode(batch, staging)
         else:
             self._fill(batch, staging)
-        self._device.copy_(staging.arrays[: self._nbytes], non_blocking=True)
 
     def _fill(self, batch: StepBatch, staging: Staging) -> None:
         for name in STEP_ARRAYS:

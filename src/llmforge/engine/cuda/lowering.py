@@ -14,8 +14,8 @@ from llmforge.engine.cuda import collectives, experts, latent
 from llmforge.engine.cuda.patterns import PATTERNS
 from llmforge.engine.cuda.products import attend, norm, product
 from llmforge.engine.cuda.program import Program, StepShape
-from llmforge.engine.cuda.sampling import DRAWN
 from llmforge.engine.cuda.state import KernelChoice, Lowering
+from llmforge.engine.cuda.step_ends import DRAWN
 from llmforge.engine.step import Limits
 from llmforge.kernels import attention
 from llmforge.kernels import launch as kernels

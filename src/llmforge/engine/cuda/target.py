@@ -16,8 +16,8 @@ from typing import Any
 from llmforge.comm import Comm
 from llmforge.engine.cuda.lowering import COLLECTIVES, lower
 from llmforge.engine.cuda.program import Links, Program, StepShape
-from llmforge.engine.cuda.sampling import sampling_launch
 from llmforge.engine.cuda.state import MEASURED, KernelChoice
+from llmforge.engine.cuda.step_ends import deliver_launch, fetch_launch, sampling_launch
 from llmforge.engine.memory import MemoryPlan, largest_step, nbytes
 from llmforge.engine.step import Limits
 from llmforge.engine.store import GRAPH_FILE
@@ -171,9 +171,10 @@ def engine_kernels(
     for links in (_ALL_DIRECT, Links(group=False, messages=False))[: 2 if joined else 1]:
         for program in programs(graph, limits, arch, links, choice):
             kernels.update(program.kernels)
+            ends = [fetch_launch(program), deliver_launch(limits.max_batch_size)]
             if program.outputs:
-                kernel = sampling_launch(program).kernel
-                kernels[kernel.key] = kernel
+                ends.append(sampling_launch(program))
+            kernels.update({launch.kernel.key: launch.kernel for launch in ends})
     return kernels
 
 
