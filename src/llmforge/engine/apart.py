@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,10 @@ class _Worker:
         self._log.seek(0)
         said = self._log.read().decode(errors="replace").strip().splitlines()
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        hint = "; the machine may be out of memory" if status == -9 else ""
+        hint = ""
+        if status == -signal.SIGKILL:
+            hint = "; the machine may be out of memory"
+        elif status < 0:  # a fault of the package's, as mixtures cause in tensorrt 8.6
+            hint = "; another version of its package, or another --target, may build this model"
         last = f"; its last words: {said[-1]}" if said else ""
         return f"the compiler's process was ended {how}{hint}{last}"
