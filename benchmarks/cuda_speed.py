@@ -46,6 +46,7 @@ from llmforge.model.decoder import trace  # noqa: E402
 from llmforge.model.graph import Graph  # noqa: E402
 from llmforge.model.reference import DTYPES  # noqa: E402
 from llmforge.parallel import Topology  # noqa: E402
+from llmforge.runtime.loading import keep_what_exists  # noqa: E402
 from llmforge.runtime.requests import Request  # noqa: E402
 from llmforge.runtime.session import Session  # noqa: E402
 
@@ -122,7 +123,9 @@ def load(
             for key, result in zip(kernels, compiled, strict=True)
         }
     ranks = Ranks(LocalComm(), Topology(), torch.device("cuda", torch.cuda.current_device()))
-    return CudaExecutable(graph, weights, modules, arch, limits, ranks, choice)
+    executable = CudaExecutable(graph, weights, modules, arch, limits, ranks, choice)
+    keep_what_exists()
+    return executable
 
 
 def bytes_read(graph: Graph, config: ModelConfig, kv_len: int, batch: int = 1) -> int:

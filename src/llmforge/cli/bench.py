@@ -63,14 +63,12 @@ def _check_writable(path: Path) -> None:
 def _work(comm: Comm, engine: Engine, settings: BenchSettings, report_file: Path | None) -> int:
     """One rank's part."""
     from llmforge.cli.console import status
-    from llmforge.engine.target import target
     from llmforge.runtime.bench import bench
     from llmforge.runtime.environment import environment
     from llmforge.runtime.generate import follow
+    from llmforge.runtime.loading import load_executable
 
-    executable = target(engine.target).load(
-        engine.rank_directory(comm.rank), engine.topology, engine.limits, comm
-    )
+    executable = load_executable(engine, comm)
     if comm.rank != 0:
         follow(executable, comm)
     else:

@@ -97,13 +97,11 @@ def _entries(settings: RunSettings, stdin: bytes | None) -> list[PromptEntry]:
 
 def _work(comm: Comm, engine: Engine, settings: RunSettings, entries: list[PromptEntry]) -> int:
     """One rank's part."""
-    from llmforge.engine.target import target
     from llmforge.runtime.generate import follow
+    from llmforge.runtime.loading import load_executable
 
     prepared = _requests(engine, settings, entries) if comm.rank == 0 else None
-    executable = target(engine.target).load(
-        engine.rank_directory(comm.rank), engine.topology, engine.limits, comm
-    )
+    executable = load_executable(engine, comm)
     if prepared is None:
         follow(executable, comm)
     else:

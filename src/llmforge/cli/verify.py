@@ -85,14 +85,12 @@ def _check_files(manifest: Manifest, kind: str, as_json: bool, *, report: bool) 
 
 def _verify_engine(comm: Comm, engine: Engine, against: Path, as_json: bool) -> int:
     """One rank's part: rank 0 checks the files before it loads the engine with the others."""
-    from llmforge.engine.target import target
     from llmforge.runtime.generate import follow
+    from llmforge.runtime.loading import load_executable
 
     if comm.rank == 0:
         _check_files(engine.manifest, "engine", as_json, report=False)
-    executable = target(engine.target).load(
-        engine.rank_directory(comm.rank), engine.topology, engine.limits, comm
-    )
+    executable = load_executable(engine, comm)
     if comm.rank == 0:
         comparison = _compare(comm, engine, executable, against)
         if comm.size > 1:
@@ -109,7 +107,7 @@ def _compare_checkpoint(checkpoint: Path, against: Path) -> Comparison:
     from llmforge.comm import LocalComm
     from llmforge.engine.build import build
     from llmforge.engine.store import Engine
-    from llmforge.engine.target import target
+    from llmforge.runtime.loading import load_executable
     from llmforge.settings import BuildSettings
 
     with tempfile.TemporaryDirectory(prefix="llmforge-verify-") as directory:
@@ -118,9 +116,7 @@ def _compare_checkpoint(checkpoint: Path, against: Path) -> Comparison:
         settings = BuildSettings(target="cpu", max_batch_size=4, max_seq_len=64, max_num_tokens=128)
         build(checkpoint, path, settings)
         engine, comm = Engine.open(path), LocalComm()
-        executable = target("cpu").load(
-            engine.rank_directory(0), engine.topology, engine.limits, comm
-        )
+        executable = load_executable(engine, comm)
         comparison = _compare(comm, engine, executable, against)
         executable.close()
     return comparison
