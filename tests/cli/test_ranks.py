@@ -258,6 +258,15 @@ def test_what_mpirun_says_is_kept_back(capsys: pytest.CaptureFixture[str]) -> No
     assert relay.reported and capsys.readouterr().err == "error: rank 1: in the midst of it\n"
 
 
+def test_a_message_of_mpirun_that_comes_before_our_line_has_ended(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    relay, frame = ranks._Relay(), "-" * 74 + "\n"
+    for line in (f"error: bad prompt{frame}", "MPI_ABORT was invoked on rank 0\n", frame, "\n"):
+        relay.feed(line)
+    assert relay.reported and capsys.readouterr().err == "error: bad prompt\n"
+
+
 @needs_mpi
 def test_a_reader_that_has_enough() -> None:
     with subprocess.Popen(

@@ -26,6 +26,7 @@ Work = Callable[[Comm], int]
 
 # Open MPI frames its own messages with lines of dashes, and starts others with [host:pid].
 _FRAME = re.compile(r"^-{60,}$")
+_JOINED = re.compile(r"^((?:internal )?error: .*?)(-{60,})$")
 _NOISE = re.compile(r"^\[[\w.-]+:\d+\] |^(prterun: )?[Aa]bort is (already )?in progress")
 _KILLED = re.compile(r"rank (\d+) .*?exited on signal (\d+)")
 _EXITED = re.compile(r"Process name: \[[^\]]*,(\d+)\] Exit code: (\d+)")
@@ -208,6 +209,10 @@ class _Relay:
 
     def feed(self, line: str) -> None:
         line = line.replace("\0", "")  # Open MPI ends its messages with one
+        if joined := _JOINED.match(line):  # it was quicker than the end of our line
+            self.feed(joined[1] + "\n")
+            self.feed(joined[2] + "\n")
+            return
         if line.startswith(_OURS):
             self.reported = True
         elif _FRAME.match(line):
