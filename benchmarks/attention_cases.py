@@ -76,6 +76,9 @@ CASES = (
     Case(RAGGED, head_dim=48, rope_dim=0, block_size=20),
     Case(RAGGED, head_dim=8, group=2, block_size=8),
     Case(RAGGED, head_dim=128, kv_heads=8, bias=True, norm=True, block_size=32),
+    Case(RAGGED, head_dim=128, kv_heads=8, bias=True, norm=True, block_size=32, warps=1),
+    Case((*RAGGED, 900), head_dim=128, kv_heads=8, block_size=32, warps=2),
+    Case((900, *RAGGED), head_dim=128, group=7, dtype="float16", block_size=32, warps=4),
 )
 
 

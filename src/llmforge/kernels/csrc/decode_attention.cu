@@ -34,7 +34,7 @@
 #define PART_ROW (HEAD_DIM + 4)  // a weighted sum, the largest score, the total weight, and nothing
 #define PART (GROUP * PART_ROW)
 // Iterations of a copy's loop in line: beside the sums of long rows there are few registers left.
-#define COPIES (HEAD_DIM > 128 ? 2 : 16)
+#define COPIES (HEAD_DIM > 128 ? 1 : 16)
 #define QUADS ((HEAD_DIM / 4 + 31) / 32)  // of four elements of a row, that a lane joins
 
 // Where a chunk of a slot's row lies: such that eight lanes which read 16 bytes each, of keys or of
