@@ -45,10 +45,10 @@ LONGEST = 16384
 LIMITS = Limits(max(BATCHES), LONGEST, 2048, 32, max(BATCHES) * max(KEYS) // 32)
 ROUNDS = 3
 VARIANTS = {
-    "separate": KernelChoice(),
-    "fused": KernelChoice(attention="fused"),
+    "separate": KernelChoice(attention="separate"),
+    "fused": KernelChoice(),
     **{
-        f"{warps} to a block": KernelChoice(attention="fused", decode=DecodeTuning(warps=warps))
+        f"{warps} to a block": KernelChoice(decode=DecodeTuning(warps=warps))
         for warps in (1, 2, 4, 8)
     },
 }

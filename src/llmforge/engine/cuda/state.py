@@ -45,7 +45,7 @@ class KernelChoice:
 
     one_row: Literal["stream_gemm", "gemv", "torch"] = "stream_gemm"
     gemv: GemvTuning = DEFAULT_TUNING
-    attention: AttentionKernel = "separate"
+    attention: AttentionKernel = "fused"
     decode: DecodeTuning = DEFAULT_DECODE_TUNING
     few_rows: Literal["stream_gemm", "rows_gemm", "torch"] | None = None
     rows: RowsTuning = DEFAULT_ROWS
