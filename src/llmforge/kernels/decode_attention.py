@@ -23,7 +23,7 @@ from llmforge.kernels.launch import (
 MAX_BLOCKS = 8 * 192  # of a grid; the largest GPUs have fewer than 192 multiprocessors
 _PROCESSORS = 132  # for which the warps of a block are chosen
 _UNIT = 16  # keys that a warp takes at a time
-_MAX_STAGES = 8
+_MAX_STAGES = 16
 _STATIC_BYTES = 48 << 10
 _SYSTEM_BYTES = 1 << 10  # of a block
 _PLAN_THREADS = 512
@@ -33,11 +33,14 @@ LEAST_ROOM = 99 << 10  # shared memory of a multiprocessor on the GPUs that have
 @dataclass(frozen=True)
 class DecodeTuning:
     """warps: of a block; None: as many as suit the number of sequences and kv heads. ring_bytes: of
-    a multiprocessor's rings. pair_cost, join_cost: what a part of a sequence's keys, and dividing
-    them, counts (decode_plan.cu)."""
+    a multiprocessor's rings; few_ring_bytes: the same for so few sequences that a block has all of
+    a multiprocessor's warps, and is to leave room for the blocks of the products before and behind.
+    pair_cost, join_cost: what a part of a sequence's keys, and dividing them, counts
+    (decode_plan.cu)."""
 
     warps: int | None = None
     ring_bytes: int = 128 << 10
+    few_ring_bytes: int = 64 << 10
     pair_cost: int = 5
     join_cost: int = 4
 
@@ -88,10 +91,10 @@ def decode_plan(
         return None
     # Long rows fill the registers, many rows the shared memory in which warps join.
     most = 8 if head_dim <= 128 and group <= 8 and room > LEAST_ROOM else 4
-    slot = 2 * _UNIT * -(-head_dim // 64) * 64 * DTYPE_BYTES[dtype]
-    ring_bytes = min(tuning.ring_bytes, room * 2 // 3)
-    stages = min(ring_bytes // (most * slot), _MAX_STAGES)
+    slot = _UNIT * -(-head_dim // 64) * 64 * DTYPE_BYTES[dtype]
     for warps in _suiting(most, sequences * kv_heads, tuning.warps):
+        ring_bytes = tuning.few_ring_bytes if warps == most else tuning.ring_bytes
+        stages = min(min(ring_bytes, room * 2 // 3) // (most * slot), _MAX_STAGES)
         # Parts, a head a warp; heads and their biases, norms, angles.
         static = warps * (group * (head_dim + 4) * 4 + head_dim * 4)
         static += (2 * (group + 2) + 2) * head_dim * DTYPE_BYTES[dtype] + rope_dim * 4 + 256

@@ -24,17 +24,26 @@
 // before and after. Dynamic shared memory: the rings.
 #include "common.cuh"
 #include "qkv.cuh"
+#if GROUP > 8
 #define ROWS GROUP
 #include "attention_tile.cuh"
+typedef Rows QueryChunk;
+#define query_chunk chunk_of
+#else
+#include "attention_columns.cuh"
+#endif
 #include "decode_plan.cuh"
 
 #define THREADS (WARPS * 32)
 #define ROW_BYTES ((CHUNKS + 7) / 8 * 128)
-#define SLOT_BYTES (2 * UNIT * ROW_BYTES)  // keys, then values
+#define SLOT_BYTES (UNIT * ROW_BYTES)
 #define PART_ROW (HEAD_DIM + 4)  // a weighted sum, the largest score, the total weight, and nothing
 #define PART (GROUP * PART_ROW)
 // Iterations of a copy's loop in line: beside the sums of long rows there are few registers left.
 #define COPIES (HEAD_DIM > 128 ? 1 : 16)
+// Queries stay in registers, where there are enough beside the sums of long rows, and beside the
+// blocks of the products before and behind, which share a multiprocessor with those of 8 warps.
+#define KEEP_QUERIES (HEAD_DIM <= 128 && WARPS < 8)
 #define QUADS ((HEAD_DIM / 4 + 31) / 32)  // of four elements of a row, that a lane joins
 
 // Where a chunk of a slot's row lies: such that eight lanes which read 16 bytes each, of keys or of
@@ -77,14 +86,15 @@ struct Ring {
         __syncwarp();
         return slots + slot * SLOT_BYTES;
     }
-    // Copies the next unit but for the new token and what would come behind it.
-    DEVICE void fill() {
+    // Copies of the next unit, but for the new token and what would come behind it, the keys or,
+    // with which it is done, the values.
+    DEVICE void fill(bool values) {
         if (unit < run.end) {
             const int lane = threadIdx.x % 32, first = first_key();
             const int count = run.kv_len - 1 - first;
             char* target = slots + slot * SLOT_BYTES;
-            const T* keys = row_at(key_cache, block, first);
-            const T* values = row_at(value_cache, block, first);
+            const T* cache = values ? value_cache : key_cache;
+            const T* rows = row_at(cache, block, first);
 #pragma unroll COPIES
             for (int i = 0; i < UNIT * CHUNKS; i += 32) {
                 const bool even = 32 % CHUNKS == 0;  // each lane has one chunk, of several rows
@@ -93,31 +103,34 @@ struct Ring {
                 if (row >= min(count, UNIT)) continue;
                 if (BLOCK_SIZE % UNIT) {
                     const int at = block_of(first + row);
-                    keys = row_at(key_cache, at, first + row) - row * KV_HEADS * HEAD_DIM;
-                    values = row_at(value_cache, at, first + row) - row * KV_HEADS * HEAD_DIM;
+                    rows = row_at(cache, at, first + row) - row * KV_HEADS * HEAD_DIM;
                 }
-                const int offset = row * KV_HEADS * HEAD_DIM + chunk * 8;
-                copy_async(target + place_of(row, chunk), keys + offset);
-                copy_async(target + UNIT * ROW_BYTES + place_of(row, chunk), values + offset);
+                copy_async(target + place_of(row, chunk),
+                           rows + row * KV_HEADS * HEAD_DIM + chunk * 8);
             }
-            unit += WARPS;
-            settle();
+            if (values) {
+                unit += WARPS;
+                settle();
+            }
         }
         copy_async_commit();
         slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
 };
 
-// Puts the new key and value into the slot of a sequence's last unit, and zeros for the values
-// behind them, which count with weight zero but must be numbers.
-DEVICE void add_new(char* slot, int row, const T* key, const T* value) {
+// Puts the new row into the slot of a sequence's last unit.
+DEVICE void add_row(char* slot, int row, const T* added) {
+    const int lane = threadIdx.x % 32;
+    if (lane < CHUNKS) *(uint4*)(slot + place_of(row, lane)) = load_chunk(added, lane);
+}
+
+// The same for values, and zeros for those behind it, which count with weight zero but must be
+// numbers.
+DEVICE void add_values(char* slot, int row, const T* added) {
+    add_row(slot, row, added);
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < (UNIT - row) * CHUNKS; i += 32) {
-        const int behind = i / CHUNKS, chunk = i % CHUNKS, place = place_of(row + behind, chunk);
-        uint4* target = (uint4*)(slot + UNIT * ROW_BYTES + place);
-        *target = behind ? make_uint4(0, 0, 0, 0) : load_chunk(value, chunk);
-        if (!behind) *(uint4*)(slot + place) = load_chunk(key, chunk);
-    }
+    for (int i = threadIdx.x % 32 + CHUNKS; i < (UNIT - row) * CHUNKS; i += 32)
+        *(uint4*)(slot + place_of(row + i / CHUNKS, i % CHUNKS)) = make_uint4(0, 0, 0, 0);
     __syncwarp();
 }
 
@@ -215,11 +228,10 @@ DEVICE void attend_units(State& state, Ring& ring, const Fetched& fetched, const
     const int kv_len = run.kv_len, units = units_of(kv_len);
     const T* low = fetched.heads[min(g, GROUP - 1)];
     const T* high = fetched.heads[min(g + 8, GROUP - 1)];
-    Rows kept[STEPS];
+    QueryChunk kept[STEPS];
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) kept[s] = chunk_of(low, high, s);
-    // Beside the sums of long rows there are no registers left for the queries.
-    auto query = [&](int s) { return HEAD_DIM > 128 ? chunk_of(low, high, s) : kept[s]; };
+    for (int s = 0; s < STEPS; s++) kept[s] = query_chunk(low, high, s);
+    auto query = [&](int s) { return KEEP_QUERIES ? kept[s] : query_chunk(low, high, s); };
     auto scaled = [&](float x) {
 #if CAP
         return step.soft_cap * tanhf(x * step.scale / step.soft_cap) * LOG2_E;
@@ -228,42 +240,43 @@ DEVICE void attend_units(State& state, Ring& ring, const Fetched& fetched, const
 #endif
     };
     const int first = WINDOW > 0 ? max(0, kv_len - WINDOW) : 0;
-    const int last[2] = {kv_len - 1, kv_len - 1};
     for (int unit = run.begin + threadIdx.x / 32; unit < run.end; unit += WARPS) {
         char* slot = ring.wait();
-        if (unit == units - 1)
-            add_new(slot, (kv_len - 1) % UNIT, fetched.heads[GROUP], fetched.heads[GROUP + 1]);
-        auto chunk_at = [&](const char* base, int row, int chunk) {
-            return chunk < CHUNKS ? *(const uint4*)(base + place_of(row, chunk))
+        const bool is_last = unit == units - 1;
+        const int row = (kv_len - 1) % UNIT;  // of the new token, in the last
+        if (is_last) {
+            add_row(slot, row, fetched.heads[GROUP]);
+            __syncwarp();
+        }
+        auto chunk_at = [&](int row, int chunk) {
+            return chunk < CHUNKS ? *(const uint4*)(slot + place_of(row, chunk))
                                   : make_uint4(0, 0, 0, 0);
         };
-        auto keys = [&](int j, int s) { return chunk_at(slot, 8 * j + g, 4 * s + t); };
+        auto keys = [&](int j, int s) { return chunk_at(8 * j + g, 4 * s + t); };
         auto values = [&](int j, int h) {
-            return chunk_at(slot + UNIT * ROW_BYTES, 2 * t + j % 2 + j / 2 * 8, 8 * h + g);
+            return chunk_at(2 * t + j % 2 + j / 2 * 8, 8 * h + g);
+        };
+        auto between = [&] {
+            __syncwarp();
+            ring.fill(STAGES % 2);
+            slot = ring.wait();
+            if (is_last) add_values(slot, row, fetched.heads[GROUP + 1]);
         };
         const int base = (skipped(kv_len) + unit) * UNIT;
-        attend(state, query, keys, values, base, first, kv_len, last, scaled);
+        attend(state, query, keys, values, base, first, kv_len, scaled, between);
         __syncwarp();
-        ring.fill();
+        ring.fill(STAGES % 2 == 0);
     }
 }
 
-// What a warp has of each row, behind `finish_totals`: weighted sum, largest score, total weight.
+// What a warp has of each row, behind `finish_totals`.
 DEVICE void write_parts(float (*parts)[PART_ROW], const State& state) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < USED; i++) {
-        const int row = g + 8 * i;
-        if (row >= GROUP) continue;
-        float* part = parts[row];
-#pragma unroll
-        for (int p = 0; p < HALVES * 8; p++) {
-            const int d = p / 8 * 64 + 16 * t + p % 8;
-            if (d < HEAD_DIM) part[d] = state.sum[p][2 * i];
-            if (d + 8 < HEAD_DIM) part[d + 8] = state.sum[p][2 * i + 1];
-        }
-        if (t == 0) part[HEAD_DIM] = state.largest[i], part[HEAD_DIM + 1] = state.total[i];
-    }
+    auto store = [&](int row, int d, const float4& x) {
+        if (row < GROUP) *(float4*)(parts[row] + d) = x;
+    };
+    each_sum(state, store, [&](int row, float largest, float total) {
+        if (row < GROUP) parts[row][HEAD_DIM] = largest, parts[row][HEAD_DIM + 1] = total;
+    });
 }
 
 // A row of a pair: its weighted sum, of which a lane has four elements from 4 (lane + 32 q) on.
@@ -380,7 +393,7 @@ DEVICE void finish(const float (&parts)[WARPS][GROUP][PART_ROW], const Division&
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 8 ? 2 : BLOCKS)
 decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, const T* v,
                  const T* bias, const T* q_weight, const T* k_weight, const float* table,
                  const T* sinks, const int* kv_lens, const int* block_table, const int* plan,
@@ -405,7 +418,7 @@ decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, c
               division,  run,         run.begin + warp, block, 0};
     if (ring.unit >= run.end) ring.settle();
 #pragma unroll 1
-    for (int i = 0; i < STAGES; i++) ring.fill();
+    for (int i = 0; i < STAGES; i++) ring.fill(i % 2);
     const Step step{out,         key_cache, value_cache, q,        k,        v,        bias,
                     q_weight,    k_weight,  table,       sinks,    block_table, partial,
                     counters,    q_stride,  k_stride,    v_stride, eps,      scale,    soft_cap};
