@@ -22,9 +22,9 @@ DEVICE Rows chunk_of(const T* low, const T* high, int s) {
 
 // One tile of 16 keys from `base` on. `query(s)`: chunk 4s + t of a lane's rows; `keys(j, s)`: chunk
 // 4s + t of key 8j + g; `values(j, h)`: chunk 8h + g of value 2t + j % 2 + j / 2 * 8. `between()`:
-// what is to be done once the keys have been read, before the values are. `last[i]`: the position of row g (0) and g + 8 (1);
-// keys outside [first, stop) or outside a row's reach count as minus infinity. `scaled(x)`: the
-// exponent of 2 that a product counts with.
+// what is to be done once the keys have been read, before the values are. `last[i]`: the position of
+// row g (0) and g + 8 (1); keys outside [first, stop) or outside a row's reach count as minus
+// infinity. `scaled(x)`: the exponent of 2 that a product counts with.
 template <class Query, class Keys, class Values, class Scaled, class Between>
 DEVICE void attend(State& state, Query query, Keys keys, Values values, int base, int first,
                    int stop, const int (&last)[2], Scaled scaled, Between between) {

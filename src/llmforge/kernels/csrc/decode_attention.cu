@@ -4,7 +4,7 @@
 //   BLOCK_SIZE, TABLE_STRIDE, HEADS, KV_HEADS as in qkv.cu. WINDOW: positions attended to, 0 for all.
 //   CAP: scores are capped, soft_cap tanh(score / soft_cap). SINKS: each head has one more key, whose
 //   score is sinks[head] and whose value is zero. WARPS of a block, BLOCKS of a multiprocessor.
-//   STAGES: slots of each warp's ring.
+//   STAGES: slots of each warp's ring, for the keys or the values of 16 positions each.
 //
 // The grid is as large as the GPU, whatever the step: the plan (decode_plan.cuh) divides the keys. A
 // warp takes every WARPS-th unit of 16 keys of its block's part of a pair, through a ring of its own
@@ -15,8 +15,10 @@
 // Rings are filled by copies of 16 bytes a lane: a row of a kv head has a few hundred bytes, and the
 // lanes of a warp issue bulk copies of that size one after another.
 //
-// 4.4 TB/s at about 1 us from request to arrival are 4.4 MB under way, 33 KB a multiprocessor; rings
-// of 128 KB have between half and all of that under way.
+// 4.4 TB/s at about 1 us from request to arrival are 4.4 MB under way, 33 KB a multiprocessor: half
+// of what rings of 64 KB hold. Blocks of 8 warps are those of steps of few sequences, which share
+// multiprocessors with the blocks of the products before and behind: these want the rest of the
+// shared memory, for their own rings, and half of the registers.
 //
 // q, k, v: [sequences, heads * HEAD_DIM] with row strides. table: rope's cosines and sines.
 // partial: [blocks, 2, GROUP, PART_ROW] float32, in which a block has up to two parts of pairs: of
@@ -41,8 +43,8 @@ typedef Rows QueryChunk;
 #define PART (GROUP * PART_ROW)
 // Iterations of a copy's loop in line: beside the sums of long rows there are few registers left.
 #define COPIES (HEAD_DIM > 128 ? 1 : 16)
-// Queries stay in registers, where there are enough beside the sums of long rows, and beside the
-// blocks of the products before and behind, which share a multiprocessor with those of 8 warps.
+// So are there beside the products' blocks. Queries stay in registers elsewhere.
+#define MIN_BLOCKS (WARPS == 8 ? 2 : BLOCKS)
 #define KEEP_QUERIES (HEAD_DIM <= 128 && WARPS < 8)
 #define QUADS ((HEAD_DIM / 4 + 31) / 32)  // of four elements of a row, that a lane joins
 
@@ -86,8 +88,8 @@ struct Ring {
         __syncwarp();
         return slots + slot * SLOT_BYTES;
     }
-    // Copies of the next unit, but for the new token and what would come behind it, the keys or,
-    // with which it is done, the values.
+    // Copies the keys of the next unit, or then its values: all but those of the new token, and of
+    // what would come behind it.
     DEVICE void fill(bool values) {
         if (unit < run.end) {
             const int lane = threadIdx.x % 32, first = first_key();
@@ -118,7 +120,7 @@ struct Ring {
     }
 };
 
-// Puts the new row into the slot of a sequence's last unit.
+// Puts a row of the new token into the slot of a sequence's last unit.
 DEVICE void add_row(char* slot, int row, const T* added) {
     const int lane = threadIdx.x % 32;
     if (lane < CHUNKS) *(uint4*)(slot + place_of(row, lane)) = load_chunk(added, lane);
@@ -393,7 +395,7 @@ DEVICE void finish(const float (&parts)[WARPS][GROUP][PART_ROW], const Division&
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 8 ? 2 : BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, const T* v,
                  const T* bias, const T* q_weight, const T* k_weight, const float* table,
                  const T* sinks, const int* kv_lens, const int* block_table, const int* plan,
