@@ -12,9 +12,12 @@ import torch
 from llmforge.kernels.attention import Cache, QkvSteps, SplitScratch, attention, qkv
 from llmforge.kernels.decode_attention import (
     MAX_BLOCKS,
+    DecodePlan,
+    DecodeTuning,
     PartScratch,
     decode_attention,
     decode_plan,
+    divide_keys,
     part_size,
 )
 from llmforge.kernels.launch import Launch, Operand
@@ -26,6 +29,7 @@ Run = Callable[[Launch, Tensors, int], None]
 
 TOLERANCE = {"bfloat16": 1e-2, "float16": 1.5e-3}  # relative to the norm of a head's row
 EPS = 1e-5
+_DIVISION_INTS = 16  # that a block has at most
 _SPLITS = 4  # of today's kernel
 
 
@@ -45,6 +49,8 @@ class Case:
     bias: bool = False
     norm: bool = False
     block_size: int = 16
+    warps: int | None = None  # of decode_attention.cu's blocks, where not what it chooses itself
+    room: int = 227 << 10  # shared memory of a multiprocessor
 
     @property
     def heads(self) -> int:
@@ -70,6 +76,9 @@ CASES = (
     Case(RAGGED, head_dim=48, rope_dim=0, block_size=20),
     Case(RAGGED, head_dim=8, group=2, block_size=8),
     Case(RAGGED, head_dim=128, kv_heads=8, bias=True, norm=True, block_size=32),
+    Case(RAGGED, head_dim=128, kv_heads=8, bias=True, norm=True, block_size=32, warps=1),
+    Case((*RAGGED, 900), head_dim=128, kv_heads=8, block_size=32, warps=2),
+    Case((900, *RAGGED), head_dim=128, group=7, dtype="float16", block_size=32, warps=4),
 )
 
 
@@ -115,6 +124,7 @@ def drawn(case: Case, seed: int) -> dict[str, torch.Tensor]:
         "rotated": torch.full((count, features), torch.nan, dtype=dtype),
         "out": torch.full((count, features), torch.nan, dtype=dtype),
         "partial": torch.full(parts, torch.nan),
+        "division": torch.full((MAX_BLOCKS, _DIVISION_INTS), -9, dtype=torch.int32),
         "splits": torch.full((count * case.heads * _SPLITS * (case.head_dim + 2),), torch.nan),
         "counters": torch.zeros(max(MAX_BLOCKS, count * case.heads), dtype=torch.int32),
     }
@@ -124,6 +134,14 @@ def _operand(tensors: Tensors, name: str, *dims: str) -> Operand:
     tensor = tensors[name]
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Operand(name, (*dims, *tensor.shape[len(dims) :]), dtype, int(tensor.shape[-1]))
+
+
+def plan_of(case: Case) -> DecodePlan:
+    shape = case.heads, case.kv_heads, case.head_dim, case.angles
+    tuning = DecodeTuning(warps=case.warps)
+    plan = decode_plan(case.dtype, *shape, len(case.lens), tuning, case.room)
+    assert plan is not None, case
+    return plan
 
 
 def launches(case: Case, tensors: Tensors, *, fused: bool) -> list[Launch]:
@@ -155,11 +173,14 @@ def launches(case: Case, tensors: Tensors, *, fused: bool) -> list[Launch]:
         "sinks": operand("sinks") if case.sinks else None,
     }
     if fused:
-        shape = case.heads, case.kv_heads, case.head_dim, case.angles
-        plan = decode_plan(case.dtype, *shape, len(case.lens))
-        assert plan is not None, case
+        plan = plan_of(case)
+        ints = plan.block_ints
+        division = Operand("division", (MAX_BLOCKS, ints), "int32", ints)
         scratch = PartScratch(operand("partial"), counters)
-        return [decode_attention(out, *inputs, cache, scratch, plan, steps, **options)]
+        return [
+            divide_keys(division, cache, plan, window=case.window),
+            decode_attention(out, *inputs, cache, division, scratch, plan, steps, **options),
+        ]
     rotated = operand("rotated", "tokens")
     split = SplitScratch(operand("splits"), counters, _SPLITS)
     return [

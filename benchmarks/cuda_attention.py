@@ -45,20 +45,19 @@ LONGEST = 16384
 LIMITS = Limits(max(BATCHES), LONGEST, 2048, 32, max(BATCHES) * max(KEYS) // 32)
 ROUNDS = 3
 VARIANTS = {
-    "separate": KernelChoice(),
-    "fused": KernelChoice(attention="fused"),
-    "fused, rings of 96 KB": KernelChoice(
-        attention="fused", decode=DecodeTuning(ring_bytes=96 << 10)
-    ),
-    "fused, dividing costs nothing": KernelChoice(
-        attention="fused", decode=DecodeTuning(join_cost=0)
-    ),
-    "fused, not divided": KernelChoice(attention="fused", decode=DecodeTuning(join_cost=1 << 20)),
+    "separate": KernelChoice(attention="separate"),
+    "fused": KernelChoice(),
+    **{
+        f"{warps} to a block": KernelChoice(decode=DecodeTuning(warps=warps))
+        for warps in (1, 2, 4, 8)
+    },
 }
-ATTENTION = frozenset({"qkv", "attention", "attention_simple", "decode_attention"})
+ATTENTION = frozenset({"qkv", "attention", "attention_simple", "decode_plan", "decode_attention"})
 
 LONG = (
     Case((4096, 1, 700), head_dim=128, kv_heads=8, block_size=32),
+    Case((40, 4096, 1, 700), head_dim=128, kv_heads=8, block_size=32, warps=1),
+    Case((9000, 1, 20), head_dim=128, kv_heads=8, block_size=32, warps=2),
     Case((20000, *RAGGED, 3000), head_dim=128, kv_heads=8, block_size=32),
     Case(tuple(1 + 37 * i % 600 for i in range(256)), kv_heads=8, block_size=32),
 )

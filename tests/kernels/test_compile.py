@@ -26,6 +26,7 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
     from llmforge.engine.cuda.state import KernelChoice
     from llmforge.engine.cuda.target import CudaTarget, engine_kernels
     from llmforge.engine.step import Limits
+    from llmforge.kernels.decode_attention import DecodeTuning
     from llmforge.model.decoder import trace
     from llmforge.parallel import Topology
 
@@ -56,11 +57,22 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
     capped = dataclasses.replace(wide, attention_softcap=50.0, attention_sinks=True)
     for config in (*REAL, wide, capped):
         graph = CudaTarget().prepare(trace(config, Topology(), 0))
-        fused = engine_kernels(graph, limits, arch, KernelChoice(attention="fused"))
-        found |= {key: spec for key, spec in fused.items() if spec.entry == "decode_attention"}
-    assert {"decode_attention", "all_reduce", "all_gather", "send", "receive", "rms_norm_by"} <= {
-        spec.entry for spec in found.values()
-    }
+        found.update(engine_kernels(graph, limits, arch))
+        for warps in (1, 2, 4, 8):
+            choice = KernelChoice(decode=DecodeTuning(warps=warps))
+            fused = engine_kernels(graph, limits, arch, choice)
+            found |= {key: spec for key, spec in fused.items() if spec.entry == "decode_attention"}
+        apart = engine_kernels(graph, limits, arch, KernelChoice(attention="separate"))
+        found |= {key: spec for key, spec in apart.items() if "attention" in spec.entry}
+    assert {
+        "decode_attention",
+        "decode_plan",
+        "all_reduce",
+        "all_gather",
+        "send",
+        "receive",
+        "rms_norm_by",
+    } <= {spec.entry for spec in found.values()}
     return found
 
 

@@ -33,6 +33,7 @@ class Launcher:
         assert arch == "sm_90" and {s.entry for s in specs} == {
             "qkv",
             "attention",
+            "decode_plan",
             "decode_attention",
         }
 
@@ -83,7 +84,7 @@ def test_it_checks_and_times_every_step(benchmark: ModuleType, tmp_path: Path) -
     for row in steps.values():
         assert set(row["us"].values()) == {0}, "every graph takes as long here"
         assert max(row["logits_off"].values()) < 2e-2 and not row["wrong"]
-    assert list(benchmark.VARIANTS.values()) == LOADED and len(LOADED) == 5
+    assert list(benchmark.VARIANTS.values()) == LOADED and len(LOADED) == 6
     floor = 2 * 80 * MODEL.num_kv_heads * MODEL.head_dim * 2 / 4e12 * 1e6
     assert steps["2 x 40"]["floor_us"] == pytest.approx(floor)
     assert Graph.replayed and report["gpu"] == "an emulated GPU" and report["versions"]["torch"]

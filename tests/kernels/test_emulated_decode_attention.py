@@ -3,6 +3,7 @@ it is, for lengths and shapes that reach every way of dividing the keys."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from attention_cases import CASES, RAGGED, Case, compare, drawn, wrong  # noqa: E402
+from attention_cases import CASES, RAGGED, Case, compare, drawn, plan_of, wrong  # noqa: E402
 
 
 def check(case: Case, processors: int, seed: int = 0) -> None:
@@ -39,45 +40,57 @@ def check(case: Case, processors: int, seed: int = 0) -> None:
 
 
 def division(case: Case, processors: int) -> str:
-    """How decode_plan.cuh divides the case's keys."""
+    """How decode_plan.cu divides the case's keys."""
     skipped = [max(0, n - case.window) // 16 if case.window else 0 for n in case.lens]
     units = [-(-n // 16) - first for n, first in zip(case.lens, skipped, strict=True)]
-    blocks, longest = 2 * processors, max(units)
+    plan = plan_of(case)
+    blocks, longest = plan.blocks * processors, max(units)
+    pair, join = plan.pair_cost * plan.warps, plan.join_cost * plan.warps
 
     def cost(candidate: int) -> int:
-        quantum = 1 if candidate == 15 else -(-longest // (candidate + 1))
-        pieces = case.kv_heads * sum(-(-n // quantum) for n in units)
-        share = -(-pieces // blocks) * quantum
+        uneven = candidate == 15
+        quantum, pad = (1, pair // 2) if uneven else (-(-longest // (candidate + 1)), 0)
+        pieces = -(-case.kv_heads * sum(-(-(n + pad) // quantum) for n in units) // blocks)
+        share = pieces * quantum
         parts = -(-longest // share)
-        return 2 * share + (40 + parts if candidate == 15 else 32 + parts if candidate else 0)
+        joining = join + -(-parts * plan.warps // 4)
+        working = pair + join // 2 if uneven else pieces * pair
+        return 2 * share + working + (joining if candidate else 0)
 
     best = min(range(16), key=cost)
     return "uneven" if best == 15 else "parts" if best else "whole pairs"
 
 
+ALL = (1, 2, 4, 8)
+
+
 @pytest.mark.parametrize(
-    ("how", "case", "processors"),
+    ("how", "case", "processors", "warps"),
     [
-        ("whole pairs", Case((40,) * 5), 1),
-        ("whole pairs", Case(RAGGED), 40),
-        ("whole pairs", Case((1,)), 6),
-        ("parts", Case((1500,), kv_heads=1), 40),
-        ("parts", Case((700, 650)), 20),
-        ("parts", Case((900, 700, 500, 300), kv_heads=1, window=650), 5),
-        ("uneven", Case((3000, 1, 3, 40), head_dim=16), 6),
-        ("uneven", Case((800, *RAGGED, 500, 17), kv_heads=1), 3),
-        ("uneven", Case((3000, *RAGGED), kv_heads=1, head_dim=16, window=2000), 3),
+        ("whole pairs", Case((40,) * 5), 1, ALL),
+        ("whole pairs", Case(RAGGED), 40, (2, 4, 8)),
+        ("whole pairs", Case((1,)), 6, ALL),
+        ("parts", Case((3000,), kv_heads=1), 40, ALL),
+        ("parts", Case((1700, 1650)), 10, (2, 4, 8)),
+        ("parts", Case((900, 700, 500, 300), kv_heads=1, window=650), 5, (1, 2, 4)),
+        ("uneven", Case((1700, 1650)), 10, (1,)),
+        ("uneven", Case((3000, 1, 3, 40), head_dim=16), 6, ALL),
+        ("uneven", Case((800, *RAGGED, 500, 17), kv_heads=1), 3, (2, 4, 8)),
+        ("uneven", Case((3000, *RAGGED), kv_heads=1, head_dim=16, window=2000), 3, (2, 4, 8)),
     ],
     ids=str,
 )
-def test_keys_are_divided(how: str, case: Case, processors: int) -> None:
-    assert division(case, processors) == how
-    check(case, processors)
+def test_keys_are_divided(how: str, case: Case, processors: int, warps: tuple[int, ...]) -> None:
+    for each in warps:
+        chosen = dataclasses.replace(case, warps=each)
+        assert division(chosen, processors) == how, chosen
+        check(chosen, processors)
 
 
+@pytest.mark.parametrize("warps", [1, None])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_shapes(case: Case) -> None:
-    check(case, processors=9)
+def test_shapes(case: Case, warps: int | None) -> None:
+    check(dataclasses.replace(case, warps=warps), processors=9)
 
 
 def test_steps_of_more_sequences_than_a_block_has_threads() -> None:
@@ -86,21 +99,33 @@ def test_steps_of_more_sequences_than_a_block_has_threads() -> None:
 
 
 def test_which_shapes_are_taken() -> None:
+    room = 227 << 10
     plans = [
-        decode_plan("bfloat16", 8 * g, 8, d, d, 256) for g, d in ((4, 128), (4, 64), (16, 128))
+        decode_plan("bfloat16", 8 * g, 8, d, d, 256, room=room)
+        for g, d in ((4, 128), (4, 64), (16, 128), (2, 256))
     ]
-    assert [(p.warps, p.stages) for p in plans if p] == [(4, 2), (4, 4), (2, 4)]
-    larger = DecodeTuning(ring_bytes=96 << 10)
-    assert decode_plan("bfloat16", 32, 8, 128, 128, 256, larger) is None, "not everywhere"
-    plan = decode_plan("bfloat16", 32, 8, 128, 128, 256, larger, room=113 << 10)
-    assert plan is not None and plan.stages == 3
+    found = [(p.warps, p.blocks, p.stages) for p in plans if p]
+    assert found == [(1, 8, 4), (1, 8, 8), (1, 4, 8), (1, 4, 4)]
     assert decode_plan("float32", 32, 8, 128, 128, 1) is None
     assert decode_plan("bfloat16", 32, 8, 132, 132, 1) is None
     assert decode_plan("bfloat16", 32, 8, 64, 30, 1) is None, "angles are loaded four at once"
     assert decode_plan("bfloat16", 34, 2, 64, 64, 1) is None
-    assert decode_plan("bfloat16", 32, 2, 256, 256, 1) is None, (
-        "joining 16 rows of 256 takes too much"
-    )
+    assert decode_plan("bfloat16", 32, 8, 128, 128, 6144) is None, "their lengths are in no memory"
+    assert decode_plan("bfloat16", 32, 8, 128, 128, 1, room=40 << 10) is None, "40 KB are too few"
+
+
+@pytest.mark.parametrize(
+    ("sequences", "kv_heads", "warps", "blocks"),
+    [(1, 8, 8, 1), (16, 8, 8, 1), (24, 8, 4, 2), (32, 8, 4, 2), (48, 8, 2, 4), (64, 8, 2, 4),
+     (96, 8, 1, 8), (256, 8, 1, 8), (96, 1, 8, 1), (256, 1, 4, 2)],
+)  # fmt: skip
+def test_a_block_has_about_one_pair(sequences: int, kv_heads: int, warps: int, blocks: int) -> None:
+    shape = 4 * kv_heads, kv_heads, 128, 128
+    plan = decode_plan("bfloat16", *shape, sequences, room=227 << 10)
+    assert plan is not None and (plan.warps, plan.blocks) == (warps, blocks)
+    least = decode_plan("bfloat16", *shape, sequences)
+    assert least is not None and least.warps * least.blocks == 4
+    assert plan.stages == (2 if warps == 8 else 4), "few leave room for the products around them"
 
 
 @pytest.mark.parametrize(

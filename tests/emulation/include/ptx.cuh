@@ -30,6 +30,20 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     emulation::leave(meeting);
 }
 
+DEVICE u32 transposed(u32 pair) {
+    emulation::Meeting& meeting = emulation::meet_warp(FULL_WARP, "movmatrix", &pair, sizeof pair);
+    if (meeting.arrived != FULL_WARP) emulation::fail("a matrix without all lanes of the warp");
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    unsigned short halves[2];
+    for (int i = 0; i < 2; i++) {
+        const int row = 2 * t + i;
+        memcpy(&halves[i], meeting.values[row * 4 + g / 2] + g % 2 * 2, 2);
+    }
+    emulation::leave(meeting);
+    memcpy(&pair, halves, sizeof pair);
+    return pair;
+}
+
 DEVICE u32 multiply_pairs(u32 a, u32 b) {
     T left[2], right[2];
     memcpy(left, &a, sizeof a), memcpy(right, &b, sizeof b);

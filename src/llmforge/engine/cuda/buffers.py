@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from llmforge.engine.cuda.program import Program
-from llmforge.engine.cuda.state import MAX_SPLITS, SUMS
+from llmforge.engine.cuda.state import DIVISION, MAX_SPLITS, SUMS
 from llmforge.engine.device_sampling import PARAMS, check_drawn, fill_params
 from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits, StepBatch
 from llmforge.kernels.attention import split_scratch_sizes
 from llmforge.kernels.collectives import PARTS
+from llmforge.kernels.decode_attention import MAX_BLOCKS
 from llmforge.kernels.launch import Launch, Operand
 from llmforge.model.graph import Graph
 from llmforge.model.reference import DTYPES
@@ -88,8 +89,9 @@ class Memory:
             "scratch.partial": (partial, torch.float32),
             "scratch.counters": (counters, torch.int32),
             SUMS: (_sums(all_programs), torch.float32),
-            # One a group of blocks that share a product; there is at most one block a processor.
-            "scratch.arrived": (1024, torch.int32),
+            # One a group of blocks that share a product, or a pair's keys.
+            "scratch.arrived": (MAX_BLOCKS, torch.int32),
+            **_divisions(all_programs),
             "sample.tokens": (2 * batch, torch.int32),
             "sample.history": (batch * limits.max_seq_len, torch.int32),
             "sample.seen": (batch * -(-vocab // 32), torch.int32),
@@ -165,9 +167,21 @@ def _split_scratch(graph: Graph, all_programs: list[Program]) -> tuple[int, int]
     return partial, counters
 
 
+def _operands(all_programs: list[Program]) -> Iterator[Operand]:
+    """Those of all launches."""
+    calls = [i.call for program in all_programs for i in program.instructions]
+    for call in calls:
+        if isinstance(call, Launch):
+            yield from (o for o in call.arguments if isinstance(o, Operand))
+
+
 def _sums(all_programs: list[Program]) -> int:
     """Elements of the scratch for products that several blocks share, for the largest of them."""
-    calls = [i.call for program in all_programs for i in program.instructions]
-    operands = [o for call in calls if isinstance(call, Launch) for o in call.arguments]
-    used = [o.features for o in operands if isinstance(o, Operand) and o.buffer == SUMS]
-    return max(used, default=0)
+    return max((o.features for o in _operands(all_programs) if o.buffer == SUMS), default=0)
+
+
+def _divisions(all_programs: list[Program]) -> dict[str, tuple[int, torch.dtype]]:
+    """The buffers in which is how steps' keys are divided. Each has its own: they are read before
+    the kernels before are known to be complete."""
+    used = {o.buffer: o for o in _operands(all_programs) if o.buffer.startswith(DIVISION)}
+    return {name: (MAX_BLOCKS * o.features, torch.int32) for name, o in used.items()}

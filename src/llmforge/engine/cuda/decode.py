@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from llmforge.engine.cuda.state import Lowering
+from llmforge.engine.cuda.state import DIVISION, Lowering
 from llmforge.kernels.attention import Cache, QkvSteps
 from llmforge.kernels.decode_attention import (
     LEAST_ROOM,
     MAX_BLOCKS,
+    DecodePlan,
     PartScratch,
     decode_attention,
     decode_plan,
+    divide_keys,
     part_size,
 )
 from llmforge.kernels.launch import Operand
 from llmforge.model.graph import Node
 
-_HALF_ROOM = 113 << 10  # of the 228 KB of a multiprocessor, less 1 KB a block
+_ROOM = 227 << 10  # shared memory of a multiprocessor that is fit for the rings of bulk copies
 
 
 def fused_attention(
@@ -30,8 +32,7 @@ def fused_attention(
     q, k, v = matrices
     shape = q.features // cache.head_dim, cache.kv_heads, cache.head_dim
     rope_dim = steps.table.features if steps.table else 0
-    # What makes those GPUs fit for bulk copies' rings is room for two blocks of half of it.
-    room = _HALF_ROOM if low.shape.bulk_copies else LEAST_ROOM
+    room = _ROOM if low.shape.bulk_copies else LEAST_ROOM
     tuning = low.choice.decode
     plan = decode_plan(q.dtype, *shape, rope_dim, low.shape.sequences, tuning, room)
     wanted = low.choice.attention == "fused" and low.shape.decode
@@ -48,6 +49,7 @@ def fused_attention(
         k,
         v,
         cache,
+        _division(low, cache, plan, node.attrs["window"]),
         scratch,
         plan,
         steps,
@@ -58,3 +60,12 @@ def fused_attention(
     )
     low.emit(call, node.outputs[0])
     return True
+
+
+def _division(low: Lowering, cache: Cache, plan: DecodePlan, window: int | None) -> Operand:
+    """How the step's keys are divided for a plan and window, once for all layers that have them: by
+    the program's first kernels, for what they write is read before the kernel behind them ends."""
+    name = f"{DIVISION}{plan.warps}x{plan.blocks}.{cache.kv_heads}.{window or 0}"
+    division = Operand(name, (MAX_BLOCKS, plan.block_ints), "int32", plan.block_ints)
+    low.emit_first(divide_keys(division, cache, plan, window=window))
+    return division

@@ -28,6 +28,7 @@ from llmforge.model.graph import Graph, Node
 # Blocks a sequence's keys are divided among at most: enough to fill a large GPU from one sequence.
 MAX_SPLITS = 32
 SUMS = "scratch.sums"  # the buffer of products that several blocks share
+DIVISION = "division."  # how such buffers' names begin: of the keys, for decode_attention.cu
 _NARROW = 2048  # features
 
 ProductKernel = Literal["stream_gemm", "gemv", "rows_gemm", "torch"]
@@ -44,7 +45,7 @@ class KernelChoice:
 
     one_row: Literal["stream_gemm", "gemv", "torch"] = "stream_gemm"
     gemv: GemvTuning = DEFAULT_TUNING
-    attention: AttentionKernel = "separate"
+    attention: AttentionKernel = "fused"
     decode: DecodeTuning = DEFAULT_DECODE_TUNING
     few_rows: Literal["stream_gemm", "rows_gemm", "torch"] | None = None
     rows: RowsTuning = DEFAULT_ROWS
@@ -148,6 +149,12 @@ class Lowering:
     def emit(self, call: Call, *tensors: str) -> None:
         """Append an instruction; `tensors` are computed once it has run."""
         self._instructions.append(Instruction(call, tensors))
+
+    def emit_first(self, call: Call) -> None:
+        """Have a program begin with this instruction, unless it has it already."""
+        instruction = Instruction(call, ())
+        if instruction not in self._instructions:
+            self._instructions.insert(0, instruction)
 
     def largest(self, dim: Dim) -> int:
         """The most that a dimension is in steps of this program."""

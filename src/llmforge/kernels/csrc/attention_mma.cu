@@ -42,7 +42,7 @@ DEVICE void attend(State& state, const Rows (&query)[STEPS], const T* key_cache,
     attend(
         state, [&](int s) { return query[s]; }, [&](int j, int s) { return keys[j][s]; },
         [&](int j, int h) { return values[j][h]; }, base, first, stop, last,
-        [&](float x) { return x * scale_log2; });
+        [&](float x) { return x * scale_log2; }, [] {});
 }
 
 DEVICE void begin(State& state, Rows (&query)[STEPS], const T* q, const int (&token)[2],

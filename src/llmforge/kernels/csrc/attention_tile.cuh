@@ -1,26 +1,11 @@
 // Attention of 16 rows to tiles of 16 keys on the tensor cores (mma.m16n8k16), a warp each: what the
-// kernels of attention share. HEAD_DIM is a multiple of 8. ROWS: of the 16, those that are used.
-//
-// The product over k does not care in which order k is walked as long as both factors agree, so a
-// lane's 8 neighbouring elements of a row, a chunk, serve as the two pairs of two products; the n
-// columns of P V are likewise permuted so that a lane's 8 dimensions of a value are the same column
-// of 8 products.
+// kernels of attention share. ROWS: of the 16, those that are used.
 #pragma once
-
-#define CHUNKS (HEAD_DIM / 8)
-#define STEPS ((CHUNKS + 3) / 4)
-#define HALVES ((CHUNKS + 7) / 8)
-#define LOG2_E 1.4426950408889634f
+#include "attention_chunks.cuh"
 
 struct Rows {
     uint4 low, high;  // elements of rows g and g + 8
 };
-
-DEVICE uint4 load_chunk(const T* row, int chunk) {
-    return chunk < CHUNKS ? ((const uint4*)row)[chunk] : make_uint4(0, 0, 0, 0);
-}
-
-DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 #define USED (ROWS > 8 ? 2 : 1)  // of a lane's two rows
 
@@ -35,13 +20,14 @@ DEVICE Rows chunk_of(const T* low, const T* high, int s) {
     return {load_chunk(low, chunk), USED > 1 ? load_chunk(high, chunk) : make_uint4(0, 0, 0, 0)};
 }
 
-// One tile of 16 keys from `base` on. `query(s)`: chunk 4s + t of a lane's rows; `keys(j, s)`: chunk 4s + t of key 8j + g; `values(j, h)`:
-// chunk 8h + g of value 2t + j % 2 + j / 2 * 8. `last[i]`: the position of row g (0) and g + 8 (1);
-// keys outside [first, stop) or outside a row's reach count as minus infinity. `scaled(x)`: the
-// exponent of 2 that a product counts with.
-template <class Query, class Keys, class Values, class Scaled>
+// One tile of 16 keys from `base` on. `query(s)`: chunk 4s + t of a lane's rows; `keys(j, s)`: chunk
+// 4s + t of key 8j + g; `values(j, h)`: chunk 8h + g of value 2t + j % 2 + j / 2 * 8. `between()`:
+// what is to be done once the keys have been read, before the values are. `last[i]`: the position of
+// row g (0) and g + 8 (1); keys outside [first, stop) or outside a row's reach count as minus
+// infinity. `scaled(x)`: the exponent of 2 that a product counts with.
+template <class Query, class Keys, class Values, class Scaled, class Between>
 DEVICE void attend(State& state, Query query, Keys keys, Values values, int base, int first,
-                   int stop, const int (&last)[2], Scaled scaled) {
+                   int stop, const int (&last)[2], Scaled scaled, Between between) {
     const int t = threadIdx.x % 4;
     float score[2][4] = {};
 #pragma unroll
@@ -55,6 +41,7 @@ DEVICE void attend(State& state, Query query, Keys keys, Values values, int base
             mma(score[j], a.z, b.z, a.w, b.w, key.z, key.w);
         }
     }
+    between();
     u32 weights[4];
     float keep[2];
     if (USED == 1) weights[1] = weights[3] = 0, keep[1] = 0;
@@ -103,6 +90,14 @@ DEVICE void attend(State& state, Query query, Keys keys, Values values, int base
     }
 }
 
+// The same where all rows reach the last key.
+template <class Query, class Keys, class Values, class Scaled, class Between>
+DEVICE void attend(State& state, Query query, Keys keys, Values values, int base, int first,
+                   int stop, Scaled scaled, Between between) {
+    const int last[2] = {stop - 1, stop - 1};
+    attend(state, query, keys, values, base, first, stop, last, scaled, between);
+}
+
 DEVICE void begin(State& state) {
 #pragma unroll
     for (int i = 0; i < HALVES * 8; i++) {
@@ -118,5 +113,27 @@ DEVICE void finish_totals(State& state) {
     for (int i = 0; i < 2; i++) {
         state.total[i] += __shfl_xor_sync(FULL_WARP, state.total[i], 1);
         state.total[i] += __shfl_xor_sync(FULL_WARP, state.total[i], 2);
+    }
+}
+
+// Calls `store(row, d, x)` for four sums x at a time, from dimension d of a row on, and
+// `ends(row, largest, total)` once a row.
+template <class Store, class Ends>
+DEVICE void each_sum(const State& state, Store store, Ends ends) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < USED; i++) {
+        const int row = g + 8 * i;
+#pragma unroll
+        for (int p = 0; p < HALVES * 8; p += 4) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int d = p / 8 * 64 + 16 * t + 8 * c + p % 8, k = 2 * i + c;
+                const float4 x = make_float4(state.sum[p][k], state.sum[p + 1][k],
+                                             state.sum[p + 2][k], state.sum[p + 3][k]);
+                if (d < HEAD_DIM) store(row, d, x);
+            }
+        }
+        if (t == 0) ends(row, state.largest[i], state.total[i]);
     }
 }

@@ -3,32 +3,50 @@
 //   GROUP: query heads a kv head, at most 16. HEAD_DIM: a multiple of 8. BIAS, NORM, ROPE_DIM,
 //   BLOCK_SIZE, TABLE_STRIDE, HEADS, KV_HEADS as in qkv.cu. WINDOW: positions attended to, 0 for all.
 //   CAP: scores are capped, soft_cap tanh(score / soft_cap). SINKS: each head has one more key, whose
-//   score is sinks[head] and whose value is zero. WARPS. STAGES: slots of each warp's ring.
-//   JOIN_COST: decode_plan.cuh.
+//   score is sinks[head] and whose value is zero. WARPS of a block, BLOCKS of a multiprocessor.
+//   STAGES: slots of each warp's ring, for the keys or the values of 16 positions each.
 //
-// The grid is as large as the GPU, whatever the step: decode_plan.cuh divides the keys. A warp takes
-// every WARPS-th unit of 16 keys, through a ring of its own that runs ahead of the arithmetic, over
-// the ends of pairs, and of the kernel: only the new token's key and value are not in the cache while
-// the kernel before still runs. Blocks that have no keys end without waiting for it: others do.
+// The grid is as large as the GPU, whatever the step: the plan (decode_plan.cuh) divides the keys. A
+// warp takes every WARPS-th unit of 16 keys of its block's part of a pair, through a ring of its own
+// that runs ahead of the arithmetic, over the ends of pairs, and of the kernel: only the new token's
+// key and value are not in the cache while the kernel before still runs. Where there are as many
+// pairs as warps, blocks of one warp each have a pair to themselves, and nobody meets anybody.
+// Blocks that have no keys end without waiting for the kernel before: others do.
 // Rings are filled by copies of 16 bytes a lane: a row of a kv head has a few hundred bytes, and the
 // lanes of a warp issue bulk copies of that size one after another.
 //
-// 4.4 TB/s at about 1 us from request to arrival are 4.4 MB under way, 33 KB a multiprocessor; two
-// blocks with rings of 64 KB have between half of 128 KB and all of it under way.
+// 4.4 TB/s at about 1 us from request to arrival are 4.4 MB under way, 33 KB a multiprocessor: half
+// of what rings of 64 KB hold. Blocks of 8 warps are those of steps of few sequences, which share
+// multiprocessors with the blocks of the products before and behind: these want the rest of the
+// shared memory, for their own rings, and half of the registers.
 //
 // q, k, v: [sequences, heads * HEAD_DIM] with row strides. table: rope's cosines and sines.
-// partial: [blocks, 2, GROUP, HEAD_DIM + 2] float32, in which a block has up to two parts of pairs: of
+// partial: [blocks, 2, GROUP, PART_ROW] float32, in which a block has up to two parts of pairs: of
 // one that begins before it (0), and of one that ends behind it (1). counters: one a block, zero
-// before and after. Dynamic shared memory: the rings, then 2 sequences + 1 int32.
+// before and after. Dynamic shared memory: the rings.
 #include "common.cuh"
 #include "qkv.cuh"
+#if GROUP > 8
 #define ROWS GROUP
 #include "attention_tile.cuh"
+typedef Rows QueryChunk;
+#define query_chunk chunk_of
+#else
+#include "attention_columns.cuh"
+#endif
 #include "decode_plan.cuh"
 
+#define THREADS (WARPS * 32)
 #define ROW_BYTES ((CHUNKS + 7) / 8 * 128)
-#define SLOT_BYTES (2 * UNIT * ROW_BYTES)  // keys, then values
-#define PART (GROUP * (HEAD_DIM + 2))
+#define SLOT_BYTES (UNIT * ROW_BYTES)
+#define PART_ROW (HEAD_DIM + 4)  // a weighted sum, the largest score, the total weight, and nothing
+#define PART (GROUP * PART_ROW)
+// Iterations of a copy's loop in line: beside the sums of long rows there are few registers left.
+#define COPIES (HEAD_DIM > 128 ? 1 : 16)
+// So are there beside the products' blocks. Queries stay in registers elsewhere.
+#define MIN_BLOCKS (WARPS == 8 ? 2 : BLOCKS)
+#define KEEP_QUERIES (HEAD_DIM <= 128 && WARPS < 8)
+#define QUADS ((HEAD_DIM / 4 + 31) / 32)  // of four elements of a row, that a lane joins
 
 // Where a chunk of a slot's row lies: such that eight lanes which read 16 bytes each, of keys or of
 // values as `attend` wants them, find them in different banks.
@@ -38,11 +56,11 @@ DEVICE int place_of(int row, int chunk) {
 
 // A warp's ring: slots are filled in the order in which they are used.
 struct Ring {
-    const Plan& plan;
     const T *key_cache, *value_cache;
-    const int* block_table;
+    const int *kv_lens, *block_table;
     char* slots;
     int sequences;
+    Division division;
     Run run;
     int unit;   // the next to be copied
     int block;  // where that is cached, looked up one copy ahead
@@ -51,12 +69,12 @@ struct Ring {
     // To this warp's first unit from here on, into the next runs where this one has no more.
     DEVICE void settle() {
         while (unit >= run.end) {
-            if (!run.next(plan, sequences)) return;
+            if (!run.next(division, kv_lens, sequences)) return;
             unit = run.begin + threadIdx.x / 32;
         }
         if (BLOCK_SIZE % UNIT == 0) block = block_of(first_key());
     }
-    DEVICE int first_key() const { return (skipped(plan.lens[run.sequence]) + unit) * UNIT; }
+    DEVICE int first_key() const { return (skipped(run.kv_len) + unit) * UNIT; }
     DEVICE int block_of(int key) const {
         return __ldcg(block_table + (size_t)run.sequence * TABLE_STRIDE + key / BLOCK_SIZE);
     }
@@ -70,15 +88,16 @@ struct Ring {
         __syncwarp();
         return slots + slot * SLOT_BYTES;
     }
-    // Copies the next unit but for the new token and what would come behind it.
-    DEVICE void fill() {
+    // Copies the keys of the next unit, or then its values: all but those of the new token, and of
+    // what would come behind it.
+    DEVICE void fill(bool values) {
         if (unit < run.end) {
             const int lane = threadIdx.x % 32, first = first_key();
-            const int count = plan.lens[run.sequence] - 1 - first;
+            const int count = run.kv_len - 1 - first;
             char* target = slots + slot * SLOT_BYTES;
-            const T* keys = row_at(key_cache, block, first);
-            const T* values = row_at(value_cache, block, first);
-#pragma unroll
+            const T* cache = values ? value_cache : key_cache;
+            const T* rows = row_at(cache, block, first);
+#pragma unroll COPIES
             for (int i = 0; i < UNIT * CHUNKS; i += 32) {
                 const bool even = 32 % CHUNKS == 0;  // each lane has one chunk, of several rows
                 const int row = even ? lane / CHUNKS + i / CHUNKS : (lane + i) / CHUNKS;
@@ -86,31 +105,34 @@ struct Ring {
                 if (row >= min(count, UNIT)) continue;
                 if (BLOCK_SIZE % UNIT) {
                     const int at = block_of(first + row);
-                    keys = row_at(key_cache, at, first + row) - row * KV_HEADS * HEAD_DIM;
-                    values = row_at(value_cache, at, first + row) - row * KV_HEADS * HEAD_DIM;
+                    rows = row_at(cache, at, first + row) - row * KV_HEADS * HEAD_DIM;
                 }
-                const int offset = row * KV_HEADS * HEAD_DIM + chunk * 8;
-                copy_async(target + place_of(row, chunk), keys + offset);
-                copy_async(target + UNIT * ROW_BYTES + place_of(row, chunk), values + offset);
+                copy_async(target + place_of(row, chunk),
+                           rows + row * KV_HEADS * HEAD_DIM + chunk * 8);
             }
-            unit += WARPS;
-            settle();
+            if (values) {
+                unit += WARPS;
+                settle();
+            }
         }
         copy_async_commit();
         slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
 };
 
-// Puts the new key and value into the slot of a sequence's last unit, and zeros for the values
-// behind them, which count with weight zero but must be numbers.
-DEVICE void add_new(char* slot, int row, const T* key, const T* value) {
+// Puts a row of the new token into the slot of a sequence's last unit.
+DEVICE void add_row(char* slot, int row, const T* added) {
+    const int lane = threadIdx.x % 32;
+    if (lane < CHUNKS) *(uint4*)(slot + place_of(row, lane)) = load_chunk(added, lane);
+}
+
+// The same for values, and zeros for those behind it, which count with weight zero but must be
+// numbers.
+DEVICE void add_values(char* slot, int row, const T* added) {
+    add_row(slot, row, added);
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < (UNIT - row) * CHUNKS; i += 32) {
-        const int behind = i / CHUNKS, chunk = i % CHUNKS, place = place_of(row + behind, chunk);
-        uint4* target = (uint4*)(slot + UNIT * ROW_BYTES + place);
-        *target = behind ? make_uint4(0, 0, 0, 0) : load_chunk(value, chunk);
-        if (!behind) *(uint4*)(slot + place) = load_chunk(key, chunk);
-    }
+    for (int i = threadIdx.x % 32 + CHUNKS; i < (UNIT - row) * CHUNKS; i += 32)
+        *(uint4*)(slot + place_of(row + i / CHUNKS, i % CHUNKS)) = make_uint4(0, 0, 0, 0);
     __syncwarp();
 }
 
@@ -145,11 +167,13 @@ DEVICE void fetch_norms(Fetched& fetched, const Step& step) {
 #endif
 }
 
+#define FETCHES (WARPS > 2 ? 1 : 4 / WARPS)  // of a thread at once
+
 // The first `heads` of the heads of a run.
 DEVICE void fetch(Fetched& fetched, const Step& step, const Run& run, int heads) {
     const size_t sequence = run.sequence;
     const int chunks = heads * CHUNKS, biases = BIAS ? chunks : 0;
-#pragma unroll 2
+#pragma unroll FETCHES
     for (int i = threadIdx.x; i < chunks + biases + ROPE_DIM / 4; i += THREADS) {
         const int of = i < chunks ? i : i - chunks, row = of / CHUNKS, chunk = of % CHUNKS;
         const int head = row < GROUP ? run.head * GROUP + row : run.head;
@@ -169,15 +193,15 @@ DEVICE void fetch(Fetched& fetched, const Step& step, const Run& run, int heads)
             source = (const uint4*)(step.table + sequence * ROPE_DIM) + (of - biases);
             target = (uint4*)fetched.angles + (of - biases);
         }
-        *target = *source;
+        *target = __ldcg(source);
     }
 }
 
 // Leaves the heads of a run in `fetched` as attention wants them, and the new key and value, where
-// the run has them, in the cache at position `key`.
-DEVICE void prepare(Fetched& fetched, float (&staged)[HEAD_DIM], const Step& step, const Run& run,
-                    int key, bool has_new) {
-    const int lane = threadIdx.x % 32, heads = GROUP + (has_new ? 2 : 0);
+// the run has them, in the cache.
+DEVICE void prepare(Fetched& fetched, float (&staged)[HEAD_DIM], const Step& step, const Run& run) {
+    const int lane = threadIdx.x % 32, key = run.kv_len - 1;
+    const int heads = GROUP + (run.end == units_of(run.kv_len) ? 2 : 0);
     const int* blocks = step.block_table + (size_t)run.sequence * TABLE_STRIDE;
     const int block = __ldcg(blocks + key / BLOCK_SIZE);  // now: beside the other loads
     fetch(fetched, step, run, heads);
@@ -201,15 +225,15 @@ DEVICE void prepare(Fetched& fetched, float (&staged)[HEAD_DIM], const Step& ste
 
 // Attends to this warp's units of a run.
 DEVICE void attend_units(State& state, Ring& ring, const Fetched& fetched, const Step& step,
-                         const Run& run, int kv_len) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, units = units_of(kv_len);
+                         const Run& run) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int kv_len = run.kv_len, units = units_of(kv_len);
     const T* low = fetched.heads[min(g, GROUP - 1)];
     const T* high = fetched.heads[min(g + 8, GROUP - 1)];
-    Rows kept[STEPS];
+    QueryChunk kept[STEPS];
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) kept[s] = chunk_of(low, high, s);
-    // Beside the sums of long rows there are no registers left for the queries.
-    auto query = [&](int s) { return HEAD_DIM > 128 ? chunk_of(low, high, s) : kept[s]; };
+    for (int s = 0; s < STEPS; s++) kept[s] = query_chunk(low, high, s);
+    auto query = [&](int s) { return KEEP_QUERIES ? kept[s] : query_chunk(low, high, s); };
     auto scaled = [&](float x) {
 #if CAP
         return step.soft_cap * tanhf(x * step.scale / step.soft_cap) * LOG2_E;
@@ -218,98 +242,140 @@ DEVICE void attend_units(State& state, Ring& ring, const Fetched& fetched, const
 #endif
     };
     const int first = WINDOW > 0 ? max(0, kv_len - WINDOW) : 0;
-    const int last[2] = {kv_len - 1, kv_len - 1};
     for (int unit = run.begin + threadIdx.x / 32; unit < run.end; unit += WARPS) {
         char* slot = ring.wait();
-        if (unit == units - 1)
-            add_new(slot, (kv_len - 1) % UNIT, fetched.heads[GROUP], fetched.heads[GROUP + 1]);
-        auto chunk_at = [&](const char* base, int row, int chunk) {
-            return chunk < CHUNKS ? *(const uint4*)(base + place_of(row, chunk))
+        const bool is_last = unit == units - 1;
+        const int row = (kv_len - 1) % UNIT;  // of the new token, in the last
+        if (is_last) {
+            add_row(slot, row, fetched.heads[GROUP]);
+            __syncwarp();
+        }
+        auto chunk_at = [&](int row, int chunk) {
+            return chunk < CHUNKS ? *(const uint4*)(slot + place_of(row, chunk))
                                   : make_uint4(0, 0, 0, 0);
         };
-        auto keys = [&](int j, int s) { return chunk_at(slot, 8 * j + g, 4 * s + t); };
+        auto keys = [&](int j, int s) { return chunk_at(8 * j + g, 4 * s + t); };
         auto values = [&](int j, int h) {
-            return chunk_at(slot + UNIT * ROW_BYTES, 2 * t + j % 2 + j / 2 * 8, 8 * h + g);
+            return chunk_at(2 * t + j % 2 + j / 2 * 8, 8 * h + g);
+        };
+        auto between = [&] {
+            __syncwarp();
+            ring.fill(STAGES % 2);
+            slot = ring.wait();
+            if (is_last) add_values(slot, row, fetched.heads[GROUP + 1]);
         };
         const int base = (skipped(kv_len) + unit) * UNIT;
-        attend(state, query, keys, values, base, first, kv_len, last, scaled);
+        attend(state, query, keys, values, base, first, kv_len, scaled, between);
         __syncwarp();
-        ring.fill();
+        ring.fill(STAGES % 2 == 0);
     }
 }
 
-// What a warp has of each row, behind `finish_totals`: weighted sum, largest score, total weight.
-DEVICE void write_parts(float (*parts)[HEAD_DIM + 2], const State& state) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < USED; i++) {
-        const int row = g + 8 * i;
-        if (row >= GROUP) continue;
-        float* part = parts[row];
-#pragma unroll
-        for (int p = 0; p < HALVES * 8; p++) {
-            const int d = p / 8 * 64 + 16 * t + p % 8;
-            if (d < HEAD_DIM) part[d] = state.sum[p][2 * i];
-            if (d + 8 < HEAD_DIM) part[d + 8] = state.sum[p][2 * i + 1];
-        }
-        if (t == 0) part[HEAD_DIM] = state.largest[i], part[HEAD_DIM + 1] = state.total[i];
-    }
+// What a warp has of each row, behind `finish_totals`.
+DEVICE void write_parts(float (*parts)[PART_ROW], const State& state) {
+    auto store = [&](int row, int d, const float4& x) {
+        if (row < GROUP) *(float4*)(parts[row] + d) = x;
+    };
+    each_sum(state, store, [&](int row, float largest, float total) {
+        if (row < GROUP) parts[row][HEAD_DIM] = largest, parts[row][HEAD_DIM + 1] = total;
+    });
 }
 
+// A row of a pair: its weighted sum, of which a lane has four elements from 4 (lane + 32 q) on.
 struct Joined {
-    float sum, largest, total;
+    float4 sum[QUADS];
+    float largest, total;
 
-    // As T, with the sink of the head.
-    DEVICE T value(const T* sinks, int head) const {
+    DEVICE void add(int q, float weight, const float4& x) {
+        sum[q].x += weight * x.x, sum[q].y += weight * x.y;
+        sum[q].z += weight * x.z, sum[q].w += weight * x.w;
+    }
+    // Calls `store(d, x)` for each four elements x of the row, from d on, as `by` of them.
+    template <class Store>
+    DEVICE void each(float by, Store store) const {
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            const int d = 4 * (threadIdx.x % 32 + 32 * q);
+            const float4 x = sum[q];
+            if (d < HEAD_DIM) store(d, make_float4(x.x * by, x.y * by, x.z * by, x.w * by));
+        }
+    }
+    // The result, with the sink of the head.
+    DEVICE void store(T* out, const T* sinks, int head) const {
+        float by = 1 / total;
 #if SINKS
         const float sink = to_float(sinks[head]) * LOG2_E, bound = fmaxf(largest, sink);
         const float keep = exp2f(largest - bound);
-        return from_float(sum * keep / (total * keep + exp2f(sink - bound)));
-#else
-        return from_float(sum / total);
+        by = keep / (total * keep + exp2f(sink - bound));
 #endif
+        each(by, [&](int d, const float4& x) {
+            *(uint2*)(out + d) = make_uint2(packed(x.x, x.y), packed(x.z, x.w));
+        });
+    }
+    DEVICE void store_part(float* part) const {
+        each(1, [&](int d, const float4& x) { *(float4*)(part + d) = x; });
+        if (threadIdx.x % 32 == 0)
+            *(float4*)(part + HEAD_DIM) = make_float4(largest, total, 0, 0);
     }
 };
 
-// Dimension d of a row, from `count` parts: `part(i, e)` is element e of the i-th. One of them at
-// least has a key in it.
-template <class Part>
-DEVICE Joined join(Part part, int count, int d) {
-    Joined joined{0, -INFINITY, 0};
-#pragma unroll 4
-    for (int i = 0; i < count; i++) joined.largest = fmaxf(joined.largest, part(i, HEAD_DIM));
-    const float shift = joined.largest == -INFINITY ? 0.0f : joined.largest;
-    for (int i = 0; i < count; i++) {
-        const float weight = exp2f(part(i, HEAD_DIM) - shift);
-        joined.sum += weight * part(i, d);
-        joined.total += weight * part(i, HEAD_DIM + 1);
+// A row of `count` parts, by a warp: `part(i, e)` are the elements from e on of the i-th. One of them
+// at least has a key in it. UNROLL: parts that are fetched at once.
+template <int UNROLL, class Part>
+DEVICE Joined join(Part part, int count) {
+    const int lane = threadIdx.x % 32;
+    Joined joined = {};
+    joined.largest = -INFINITY;
+#pragma unroll 1
+    for (int base = 0; base < count; base += 32) {
+        float4 own = make_float4(-INFINITY, 0, 0, 0);
+        if (base + lane < count) own = part(base + lane, HEAD_DIM);
+        float bound = fmaxf(joined.largest, own.x);
+#pragma unroll
+        for (int offset = 16; offset; offset >>= 1)
+            bound = fmaxf(bound, __shfl_xor_sync(FULL_WARP, bound, offset));
+        const float shift = bound == -INFINITY ? 0.0f : bound;
+        const float keep = exp2f(joined.largest - shift), weight = exp2f(own.x - shift);
+        joined.largest = bound;
+        joined.total = joined.total * keep + warp_sum(weight * own.y);
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            float4& sum = joined.sum[q];
+            sum.x *= keep, sum.y *= keep, sum.z *= keep, sum.w *= keep;
+        }
+#pragma unroll UNROLL
+        for (int i = base; i < min(count, base + 32); i++) {
+            const float by = __shfl_sync(FULL_WARP, weight, i - base);
+#pragma unroll
+            for (int q = 0; q < QUADS; q++) {
+                const int d = 4 * (lane + 32 * q);
+                if (d < HEAD_DIM) joined.add(q, by, part(i, d));
+            }
+        }
     }
     return joined;
 }
 
 // Joins the warps' `parts` of a run, and with them, where the pair has more than one part, those of
 // other blocks, once the last has come.
-DEVICE void finish(const float (&parts)[WARPS][GROUP][HEAD_DIM + 2], const Plan& plan,
-                   const Step& step, const Run& run, int units) {
+DEVICE void finish(const float (&parts)[WARPS][GROUP][PART_ROW], const Division& division,
+                   const Step& step, const Run& run) {
     __shared__ int arrived;
-    const int place = run.place(plan), from = place / plan.share;  // the first block with a part
-    const int count = (place + units - 1) / plan.share - from + 1;
+    const int warp = threadIdx.x / 32, units = units_of(run.kv_len), head = run.head * GROUP;
+    const bool whole = run.begin == 0 && run.end == units;
     float* mine = step.partial + (blockIdx.x * 2 + (run.begin == 0)) * PART;
-    const int first_head = run.head * GROUP;
-    T* out = step.out + ((size_t)run.sequence * HEADS + first_head) * HEAD_DIM;
+    T* out = step.out + ((size_t)run.sequence * HEADS + head) * HEAD_DIM;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        const int row = i / HEAD_DIM, d = i % HEAD_DIM;
-        const Joined joined = join([&](int w, int e) { return parts[w][row][e]; }, WARPS, d);
-        if (count == 1) {
-            out[i] = joined.value(step.sinks, first_head + row);
-            continue;
-        }
-        float* part = mine + row * (HEAD_DIM + 2);
-        part[d] = joined.sum;
-        if (d == 0) part[HEAD_DIM] = joined.largest, part[HEAD_DIM + 1] = joined.total;
+    for (int row = warp; row < GROUP; row += WARPS) {
+        auto part = [&](int w, int e) { return *(const float4*)&parts[w][row][e]; };
+        const Joined joined = join<WARPS>(part, WARPS);
+        if (whole) joined.store(out + row * HEAD_DIM, step.sinks, head + row);
+        else joined.store_part(mine + row * PART_ROW);
     }
-    if (count == 1) return;
+    if (whole) return;
+    const int place = run.place(division);
+    const int from = place / division.share;  // the first block that has a part
+    const int count = (place + units - 1) / division.share - from + 1;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -320,50 +386,54 @@ DEVICE void finish(const float (&parts)[WARPS][GROUP][HEAD_DIM + 2], const Plan&
     if (arrived != count - 1) return;
     __threadfence();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        const int row = i / HEAD_DIM;
-        const float* first = step.partial + from * 2 * PART + row * (HEAD_DIM + 2);
-        auto part = [&](int p, int e) { return __ldcg(first + (p * 2 + (p == 0)) * PART + e); };
-        out[i] = join(part, count, i % HEAD_DIM).value(step.sinks, first_head + row);
+    for (int row = warp; row < GROUP; row += WARPS) {
+        const float* first = step.partial + from * 2 * PART + row * PART_ROW;
+        auto part = [&](int p, int e) {
+            return __ldcg((const float4*)(first + (p * 2 + (p == 0)) * PART + e));
+        };
+        join<8>(part, count).store(out + row * HEAD_DIM, step.sinks, head + row);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 decode_attention(T* out, T* key_cache, T* value_cache, const T* q, const T* k, const T* v,
                  const T* bias, const T* q_weight, const T* k_weight, const float* table,
-                 const T* sinks, const int* kv_lens, const int* block_table, float* partial,
-                 int* counters, int sequences, int q_stride, int k_stride, int v_stride, float eps,
-                 float scale, float soft_cap) {
+                 const T* sinks, const int* kv_lens, const int* block_table, const int* plan,
+                 float* partial, int* counters, int sequences, int q_stride, int k_stride,
+                 int v_stride, float eps, float scale, float soft_cap) {
     extern __shared__ __align__(128) char shared[];
-    __shared__ float parts[WARPS][GROUP][HEAD_DIM + 2];
+    __shared__ __align__(16) float parts[WARPS][GROUP][PART_ROW];
     __shared__ Fetched fetched;
     __shared__ float staged[WARPS][HEAD_DIM];
     let_next_start();
     const int warp = threadIdx.x / 32;
-    int* lens = (int*)(shared + WARPS * STAGES * SLOT_BYTES);
-    const Plan plan = make_plan(lens, lens + sequences, kv_lens, sequences);
-    Run run;
-    if (!first_run(plan, sequences, run)) return;
+    const int* own = plan + blockIdx.x * PLAN_INTS;
+    const int4 where = __ldcg((const int4*)own), how = __ldcg((const int4*)own + 1);
+    const int block = __ldcg(own + 8 + warp);
+    if (where.x < 0) return;
+    const Division division{how.y, how.z, how.w};
+    Run run{where.x, where.y, where.z, 0, where.w, 0, 0};
+    run.take(division, how.x);
+    run.look_ahead(kv_lens, sequences);
     char* slots = shared + warp * STAGES * SLOT_BYTES;
-    Ring ring{plan, key_cache, value_cache, block_table, slots, sequences,
-              run,  run.begin + warp,       0,           0};
-    ring.settle();
+    Ring ring{key_cache, value_cache, kv_lens, block_table,      slots, sequences,
+              division,  run,         run.begin + warp, block, 0};
+    if (ring.unit >= run.end) ring.settle();
 #pragma unroll 1
-    for (int i = 0; i < STAGES; i++) ring.fill();
+    for (int i = 0; i < STAGES; i++) ring.fill(i % 2);
     const Step step{out,         key_cache, value_cache, q,        k,        v,        bias,
                     q_weight,    k_weight,  table,       sinks,    block_table, partial,
                     counters,    q_stride,  k_stride,    v_stride, eps,      scale,    soft_cap};
     fetch_norms(fetched, step);
     wait_for_previous();
     do {
-        const int kv_len = plan.lens[run.sequence], units = units_of(kv_len);
-        prepare(fetched, staged[warp], step, run, kv_len - 1, run.end == units);
+        prepare(fetched, staged[warp], step, run);
         State state;
         begin(state);
-        attend_units(state, ring, fetched, step, run, kv_len);
+        attend_units(state, ring, fetched, step, run);
         finish_totals(state);
         write_parts(parts[warp], state);
         __syncthreads();
-        finish(parts, plan, step, run, units);
-    } while (run.next(plan, sequences));
+        finish(parts, division, step, run);
+    } while (run.next(division, kv_lens, sequences));
 }

@@ -30,6 +30,14 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// An 8 x 8 matrix of 16-bit elements transposed: a lane has, and gets, elements 2t and 2t + 1 of row
+// g (g = lane / 4, t = lane % 4).
+DEVICE u32 transposed(u32 pair) {
+    u32 result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+
 // The products of two pairs of T, rounded to T (bfloat16: from compute capability 9.0).
 DEVICE u32 multiply_pairs(u32 a, u32 b) {
     u32 products;
