@@ -242,7 +242,8 @@ def bench(
     config = MODELS[name]
     total = input_len + output_len
     most = max(batches)
-    limits = Limits(most, total, max(2048, most), 32, most * -(-total // 32))
+    prefill = min(16384, max(2048, most * input_len))  # all prompts in a step or two, as peers do
+    limits = Limits(most, total, prefill, 32, most * -(-total // 32))
     graph = prepared(config)
     executable = load(graph, random_weights(graph), limits)
     rows = []

@@ -34,8 +34,8 @@ class GemvTuning(RingTuning):
     rings. stages: slots of a warp's ring. blocks: of a multiprocessor, which share its memory."""
 
     warps: int = 8
-    piece: int = 4096
-    stages: int = 3
+    piece: int = 2048
+    stages: int = 4
     blocks: int = 1
 
     def __post_init__(self) -> None:

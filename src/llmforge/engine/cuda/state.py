@@ -43,11 +43,11 @@ class KernelChoice:
     of q, k and v in decode steps: qkv.cu and the kernels of attention ("separate"), or
     decode_attention.cu ("fused"), which leaves what it does not take to those."""
 
-    one_row: Literal["stream_gemm", "gemv", "torch"] = "stream_gemm"
+    one_row: Literal["stream_gemm", "gemv", "torch"] = "gemv"
     gemv: GemvTuning = DEFAULT_TUNING
     attention: AttentionKernel = "fused"
     decode: DecodeTuning = DEFAULT_DECODE_TUNING
-    few_rows: Literal["stream_gemm", "rows_gemm", "torch"] | None = None
+    few_rows: Literal["stream_gemm", "rows_gemm", "torch"] | None = "rows_gemm"
     rows: RowsTuning = DEFAULT_ROWS
 
 
