@@ -18,6 +18,13 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 # Kernels that may spill, and how many bytes: fragments of 16 rows by 128 elements, keys and values
 # take all registers that two blocks a multiprocessor leave.
 SPILLS = {"attention": 64}
+FEW_SEQUENCES_SPILL = 64  # decode_attention's blocks of 8 warps, which leave half to the products'
+
+
+def allowed_spill(spec: KernelSpec) -> int:
+    if spec.entry == "decode_attention" and ("WARPS", 8) in spec.defines:
+        return FEW_SEQUENCES_SPILL
+    return SPILLS.get(spec.entry, 0)
 
 
 def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
@@ -57,13 +64,10 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
     capped = dataclasses.replace(wide, attention_softcap=50.0, attention_sinks=True)
     for config in (*REAL, wide, capped):
         graph = CudaTarget().prepare(trace(config, Topology(), 0))
-        found.update(engine_kernels(graph, limits, arch))
-        for warps in (1, 2, 4, 8):
-            choice = KernelChoice(decode=DecodeTuning(warps=warps))
-            fused = engine_kernels(graph, limits, arch, choice)
-            found |= {key: spec for key, spec in fused.items() if spec.entry == "decode_attention"}
-        apart = engine_kernels(graph, limits, arch, KernelChoice(attention="separate"))
-        found |= {key: spec for key, spec in apart.items() if "attention" in spec.entry}
+        choices = [KernelChoice(decode=DecodeTuning(warps=warps)) for warps in (1, 2, 4, 8)]
+        for choice in (*choices, KernelChoice(attention="separate")):
+            kernels = engine_kernels(graph, limits, arch, choice)
+            found |= {key: spec for key, spec in kernels.items() if "attention" in spec.entry}
     assert {
         "decode_attention",
         "decode_plan",
@@ -83,7 +87,7 @@ def test_every_kernel_compiles_without_unexpected_spills(arch):
     spills = {
         (spec.entry, spec.defines): result.spill_bytes
         for spec, result in zip(kernels, compiled, strict=True)
-        if result.spill_bytes > SPILLS.get(spec.entry, 0)
+        if result.spill_bytes > allowed_spill(spec)
     }
     assert not spills
     assert all(result.image.startswith(b"\x7fELF") for result in compiled)

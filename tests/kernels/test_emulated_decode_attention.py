@@ -16,7 +16,7 @@ from emulation.executable import emulated, emulated_gpu
 
 from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import CudaTarget
-from llmforge.kernels.decode_attention import DecodeTuning, decode_plan
+from llmforge.kernels.decode_attention import decode_plan
 from llmforge.kernels.launch import Launch
 from llmforge.model.decoder import trace
 from llmforge.parallel import Topology

@@ -7,7 +7,8 @@
 // Programmatic dependent launch: a kernel's blocks may start while the one before it still runs.
 // Nothing that the kernel before writes may be read, and nothing may be written, before
 // `wait_for_previous`. Every kernel calls both, so a kernel that has waited knows that all kernels
-// before it are complete.
+// before it are complete. (But for decode_plan.cu's result, which decode_attention.cu reads before:
+// that lets nothing start until all is written.)
 DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
