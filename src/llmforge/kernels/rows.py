@@ -1,7 +1,8 @@
-"""Launches of rows_gemm.cu: products of 2 to 8 rows, as fast as the weights can be read."""
+"""Launches of rows_gemm.cu: products of 2 to 32 rows, as fast as the weights can be read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmforge.kernels.launch import (
@@ -18,38 +19,50 @@ from llmforge.kernels.product import (
     ALONE_BYTES,
     OVERHEAD_BYTES,
     SHARED_BYTES,
-    RingTuning,
     fused_defines,
 )
 from llmforge.kernels.stream import StreamScratch
 
-_TILE = 8  # output features that a warp multiplies at once; also the most rows of x
-_PIECE_BYTES = 128  # that a copy is a multiple of
+MOST_ROWS = 32  # of x
+_WARPS = 8
+_TILE = 16  # rows of weights that are multiplied at once
+_UNIT = 32 * _WARPS  # columns that a block's warps share evenly
+_PIECE_BYTES = 2 * _UNIT  # that a copy is a multiple of
+# Elements of x that the lanes of a block keep in half of their registers, where two blocks share those
+# of a multiprocessor; and the fewest that are worth a phase of their own.
+_KEPT = 4096 * 8
+_LEAST_KEPT = _KEPT // 4
+_MAX_SPLIT = 4
+_LEAST_STAGES = 2
 _MAX_STAGES = 16
-_MAX_SPLIT = 8
-# Of x, that the lanes of a block keep in half of their registers, where two blocks share those of a
-# multiprocessor.
-_KEPT = 4096
-_SUMS_BYTES = 64 * 4  # of a tile, that a warp hands over
+
+# What the plan estimates with: see `_microseconds`. Of an H200.
+_PROCESSORS = 132
+_MEMORY = 4.42e6  # bytes a microsecond
+_L2_CACHE = 5.5e6
+_PROCESSOR = 0.08e6  # what one multiprocessor reads of the L2 cache
+_MEETING = 2.0  # microseconds until the last block of a group knows that it is the last
+
+
+def _slot(piece: int) -> int:
+    """Bytes of a slot of the ring."""
+    return _TILE * (piece + 64)
 
 
 @dataclass(frozen=True)
-class RowsTuning(RingTuning):
+class RowsTuning:
     """What a measurement is to choose; benchmarks/cuda_products.py is one.
 
-    warps: of a block. piece: the most bytes of one copy, less where shared memory does not hold all
-    rings. stages: slots of a warp's ring."""
+    piece: the most bytes of one copy. ring: the most bytes of a block's ring."""
 
-    warps: int = 8
-    piece: int = 512
-    stages: int = 3
+    piece: int = 1024
+    ring: int = 100 << 10
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.warps in (4, 8), "rows_gemm: 4 or 8 warps")
         whole = self.piece > 0 and self.piece % _PIECE_BYTES == 0
         require(whole, f"rows_gemm: pieces of {_PIECE_BYTES} bytes")
-        require(0 < self.stages <= _MAX_STAGES, f"rows_gemm: 1 to {_MAX_STAGES} stages")
+        least = _LEAST_STAGES * _slot(self.piece)
+        require(self.ring >= least, f"rows_gemm: rings of {_LEAST_STAGES} slots, {least} bytes")
 
 
 DEFAULT_ROWS = RowsTuning()
@@ -57,39 +70,72 @@ DEFAULT_ROWS = RowsTuning()
 
 @dataclass(frozen=True)
 class RowsPlan:
-    """How rows_gemm.cu divides a product: SPLIT, PIECE and AREA there. shared_bytes: what a block
-    asks for."""
+    """How rows_gemm.cu divides a product: EIGHTS, SPLIT, PHASES, COLUMNS, PIECE and STAGES there.
+    shared_bytes: what a block asks for."""
 
+    eights: int
     split: int
+    phases: int
+    columns: int
     piece: int
-    area: int
+    stages: int
     shared_bytes: int
 
+    def scratch_floats(self, features: int) -> int:
+        """Elements of `StreamScratch.partial` for weights of so many rows."""
+        if self.split == self.phases == 1:
+            return 1
+        return self.split * (features + 1) * 8 * self.eights
 
-def rows_plan(dtype: str, k: int, tuning: RowsTuning, *, alone: bool = False) -> RowsPlan | None:
-    """The plan for weights of `k` columns, or None where the kernel does not take them."""
-    if dtype == "float32":
+
+def rows_plan(
+    dtype: str, weights: tuple[int, int], rows: int, tuning: RowsTuning, *, alone: bool = False
+) -> RowsPlan | None:
+    """The plan for weights [features, k] and at most `rows` rows, or None where the kernel does not
+    take them."""
+    if dtype == "float32" or rows > MOST_ROWS:
         return None
-    for split in range(1, _MAX_SPLIT + 1):
-        part, rest = divmod(k, split * tuning.warps)
-        if rest == 0 and part % 64 == 0 and part * tuning.warps <= _KEPT:
-            return _divided(split, 2 * part, tuning, alone)
-    return None
-
-
-def _divided(split: int, row: int, tuning: RowsTuning, alone: bool) -> RowsPlan | None:
-    """The plan for warps that multiply `row` bytes of each row."""
-    # Two rounds of sums, of gate and of up; or the weights of the norm.
-    area = max(4 * _SUMS_BYTES, row)
+    eights = -(-rows // 8)
+    divisions = list(_divisions(weights[1], eights))
+    if not divisions:
+        return None
+    split, phases = min(divisions, key=lambda d: (_microseconds(weights, eights, d[0]), d))
+    columns = weights[1] // split // phases
     most = (ALONE_BYTES if alone else SHARED_BYTES) - OVERHEAD_BYTES
-    slot = (most // tuning.warps - area) // tuning.stages
-    longest = min(tuning.piece, (slot // _TILE - 16) // _PIECE_BYTES * _PIECE_BYTES)
-    if longest <= 0:
+    # The warps' sums of a tile, or the weights of the norm.
+    area = max(_WARPS * _TILE * eights * 8 * 4, 2 * columns)
+    piece = min(tuning.piece, 2 * columns)
+    stages = min(_MAX_STAGES, tuning.ring // _slot(piece), (most - area) // _slot(piece))
+    if stages < _LEAST_STAGES:
         return None
-    pieces = -(-row // longest)
-    piece = -(-row // (pieces * _PIECE_BYTES)) * _PIECE_BYTES
-    used = tuning.warps * (tuning.stages * _TILE * (piece + 16) + area)
-    return RowsPlan(split, piece, area, most if alone else used)
+    used = stages * _slot(piece) + area
+    return RowsPlan(eights, split, phases, columns, piece, stages, most if alone else used)
+
+
+def _divisions(k: int, eights: int) -> Iterator[tuple[int, int]]:
+    """The ways to divide k among blocks, each with the fewest phases in which they can go through
+    their part of it."""
+    for split in range(1, _MAX_SPLIT + 1):
+        units, rest = divmod(k, split * _UNIT)
+        for phases in range(1, units + 1 if rest == 0 else 1):
+            kept = units // phases * _UNIT * eights * 8
+            if units % phases == 0 and kept <= _KEPT:
+                if phases == 1 or kept >= _LEAST_KEPT:
+                    yield split, phases
+                break
+
+
+def _microseconds(weights: tuple[int, int], eights: int, split: int) -> float:
+    """What a product with so many blocks to a group is estimated to take: the weights from memory,
+    or from the L2 cache with what every block reads of x; and the time in which the last block of a
+    group adds the others' sums."""
+    features, k = weights
+    read, x = 2 * features * k, _PROCESSORS * 16 * eights * k // split
+    sums = 0.0
+    if split > 1:
+        parts = split * (features * split / _PROCESSORS) * 8 * eights * 4
+        sums = _MEETING + parts / _PROCESSOR
+    return max(read / _MEMORY, (read + x) / _L2_CACHE) + sums
 
 
 def rows_gemm(
@@ -97,25 +143,25 @@ def rows_gemm(
     x: Operand,
     weight: Operand,
     scratch: StreamScratch,
-    tuning: RowsTuning,
+    plan: RowsPlan,
     *,
     bias: Operand | None = None,
     residual: Operand | None = None,
     norm_weight: Operand | None = None,
     eps: float = 0.0,
     activation: str | None = None,
-    alone: bool = False,
 ) -> Launch:
-    """out = x weightᵀ + bias for at most 8 rows; the options are those of `stream.stream_gemm`."""
+    """out = x weightᵀ + bias for at most as many rows as the plan is for; the options are those of
+    `stream.stream_gemm`. A norm is of bfloat16 alone: x times its weights, before it is divided,
+    may be too much for float16."""
     dtype = same_dtype(out, x, weight, bias, residual, norm_weight)
     features, k = weight.shape
     assert isinstance(features, int) and isinstance(k, int)
-    plan = rows_plan(dtype, k, tuning, alone=alone)
-    assert plan is not None, f"rows_plan takes no products over {k} {dtype}"
+    require(k == plan.split * plan.phases * plan.columns, "rows_gemm: another product's plan")
     require(x.features == k and x.contiguous, "rows_gemm: x is [rows, k], contiguous")
     require(x.offset % 8 == 0, "rows_gemm: x is aligned to 16 bytes")
     require(norm_weight is None or norm_weight.features == k, "rows_gemm: a norm of all of x")
-    require(norm_weight is None or plan.split == 1, "rows_gemm: a norm needs all of k")
+    require(norm_weight is None or dtype == "bfloat16", "rows_gemm: a norm of bfloat16")
     require(residual is None or residual.row_stride == out.row_stride, "rows_gemm: strides")
     fused = fused_defines(
         "rows_gemm", out, weight,
@@ -126,8 +172,8 @@ def rows_gemm(
         extent(x.shape[0]), features, out.row_stride, Float(eps),
     )  # fmt: skip
     spec = specialised(
-        "rows_gemm.cu", "rows_gemm", dtype, K=k, SPLIT=plan.split, WARPS=tuning.warps,
-        PIECE=plan.piece, STAGES=tuning.stages, AREA=plan.area, **fused, **tuning.ring_defines,
+        "rows_gemm.cu", "rows_gemm", dtype, K=k, EIGHTS=plan.eights, SPLIT=plan.split,
+        PHASES=plan.phases, COLUMNS=plan.columns, PIECE=plan.piece, STAGES=plan.stages, **fused,
     )  # fmt: skip
     grid = (Size("processors"), 1, 1)
-    return Launch(spec, arguments, grid, tuning.warps * 32, plan.shared_bytes)
+    return Launch(spec, arguments, grid, _WARPS * 32, plan.shared_bytes)

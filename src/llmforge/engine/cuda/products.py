@@ -12,7 +12,7 @@ from llmforge.kernels import launch as kernels
 from llmforge.kernels.attention import Cache, SplitScratch
 from llmforge.kernels.gemv import gemv, gemv_plan
 from llmforge.kernels.launch import Launch, Operand
-from llmforge.kernels.rows import rows_gemm, rows_plan
+from llmforge.kernels.rows import RowsPlan, rows_gemm, rows_plan
 from llmforge.model.graph import Node
 
 _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
@@ -24,9 +24,10 @@ def kernel_of(low: Lowering, node: Node) -> ProductKernel:
     dtype, k = weight.dtype, weight.features
     if wanted == "gemv" and gemv_plan(dtype, k, low.choice.gemv) is None:
         wanted = "stream_gemm"
-    if wanted == "rows_gemm" and rows_plan(dtype, k, low.choice.rows) is None:
+    if wanted == "rows_gemm" and _rows_plan(low, weight) is None:
         wanted = "stream_gemm"
-    if wanted == "stream_gemm" and stream.stream_plan(dtype, k) is None:
+    few = low.shape.tokens <= stream.STREAM_ROWS
+    if wanted == "stream_gemm" and not (few and stream.stream_plan(dtype, k)):
         wanted = "torch"
     return wanted
 
@@ -41,18 +42,18 @@ def _norms(low: Lowering, node: Node) -> bool:
     if node.op != "linear":
         return False
     kernel, weight = kernel_of(low, node), low.operand(node.inputs[1])
-    return kernel == "gemv" or (kernel != "torch" and _split(low, kernel, weight) == 1)
-
-
-def _split(low: Lowering, kernel: ProductKernel, weight: Operand) -> int:
-    """How many blocks share each row of weights, in a kernel that takes these."""
     if kernel == "rows_gemm":
-        rows = rows_plan(weight.dtype, weight.features, low.choice.rows)
-        assert rows is not None
-        return rows.split
+        return weight.dtype == "bfloat16"
     plan = stream.stream_plan(weight.dtype, weight.features)
-    assert plan is not None
-    return plan.split
+    whole_rows = plan is not None and plan.split == 1
+    return kernel == "gemv" or (kernel == "stream_gemm" and whole_rows)
+
+
+def _rows_plan(low: Lowering, weight: Operand, *, alone: bool = False) -> RowsPlan | None:
+    """How rows_gemm.cu divides a product of this program."""
+    features, k = weight.shape
+    assert isinstance(features, int) and isinstance(k, int)
+    return rows_plan(weight.dtype, (features, k), low.shape.tokens, low.choice.rows, alone=alone)
 
 
 def product(
@@ -75,32 +76,42 @@ def product(
         return
     norm = low.deferred.get(x_name)
     x = norm.x if norm else low.operand(x_name)
-    call = _launch_of(low, kernel, out, x, weight)(
+    alone = low.streamed % 2 == 1
+    call = _launch_of(low, kernel, out, x, weight, alone)(
         bias=bias,
         residual=residual,
         norm_weight=norm.weight if norm else None,
         eps=norm.eps if norm else 0.0,
         activation=activation,
-        alone=low.streamed % 2 == 1,
     )
     low.streamed += 1
     low.emit(call, *computed)
 
 
 def _launch_of(
-    low: Lowering, kernel: ProductKernel, out: Operand, x: Operand, weight: Operand
+    low: Lowering, kernel: ProductKernel, out: Operand, x: Operand, weight: Operand, alone: bool
 ) -> Callable[..., Launch]:
     """The launch of one of our kernels, but for what is fused into it."""
-    if kernel == "gemv":
-        return partial(gemv, out, x, weight, low.choice.gemv)
-    features, split = weight.shape[0], _split(low, kernel, weight)
+    features = weight.shape[0]
     assert isinstance(features, int)
-    floats = stream.stream_scratch_floats(features, split) if split > 1 else 1
-    sums = Operand(SUMS, (floats,), "float32", floats)
-    scratch = stream.StreamScratch(sums, Operand("scratch.arrived", (1,), "int32", 1))
+    if kernel == "gemv":
+        return partial(gemv, out, x, weight, low.choice.gemv, alone=alone)
     if kernel == "rows_gemm":
-        return partial(rows_gemm, out, x, weight, scratch, low.choice.rows)
-    return partial(stream.stream_gemm, out, x, weight, scratch)
+        plan = _rows_plan(low, weight, alone=alone)
+        assert plan is not None
+        scratch = _scratch(plan.scratch_floats(features))
+        return partial(rows_gemm, out, x, weight, scratch, plan)
+    streamed = stream.stream_plan(weight.dtype, weight.features)
+    assert streamed is not None
+    shared = streamed.split > 1
+    floats = stream.stream_scratch_floats(features, streamed.split) if shared else 1
+    return partial(stream.stream_gemm, out, x, weight, _scratch(floats), alone=alone)
+
+
+def _scratch(floats: int) -> stream.StreamScratch:
+    """Room for a product's sums."""
+    sums = Operand(SUMS, (floats,), "float32", floats)
+    return stream.StreamScratch(sums, Operand("scratch.arrived", (1,), "int32", 1))
 
 
 def norm(low: Lowering, name: str, x: Operand, weight: Operand, eps: float) -> None:

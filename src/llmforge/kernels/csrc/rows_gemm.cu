@@ -1,88 +1,95 @@
-// out = x weightᵀ for at most 8 rows of x, as fast as the weights can be read. K is divided among the
-// warps of a block, and among SPLIT blocks. A warp keeps its part of x in registers for all output
-// features, as the second factor of mma.m16n8k16 (the 8 columns are the rows of x), and has its columns
-// of the weights copied into a ring of its own in shared memory, a piece of each of 8 rows at a time.
-// The rings begin to fill while the kernel before still runs.
+// out = x weightᵀ for at most 32 rows of x, as fast as the weights can be read. Weights come in tiles of
+// 16 rows, the first factor of mma.m16n8k16, by a ring in shared memory that a block's warps fill and use
+// together; it begins to fill while the kernel before still runs. The second factor is x, in registers:
+// each warp keeps a part of K for all tiles. Where registers do not hold all columns of a block, it goes
+// through its tiles once for every COLUMNS of them, a phase, and sums wait in `partial` for the next.
 // Neighbouring blocks read neighbouring rows at the same time.
-//   K: elements of a row. SPLIT. WARPS. PIECE: the most bytes of a row that one copy brings, a multiple
-//   of 128; K / SPLIT / WARPS is a multiple of 64. STAGES: slots of each warp's ring, of 8 pieces each.
-//   AREA: bytes of shared memory a warp has beside its ring, see below.
-//   NORM: x is RMSNorm(x) norm_weight, computed on the way in (SPLIT must be 1). BIAS. RESIDUAL: added
-//   to the rounded product. GATED: the weights are those of gate | up, out = activation(gate) up.
-//   EARLY, EVICT_FIRST, RELEASE: as in gemv.cu.
-// x [rows, K]; weight [features, K]; out and residual have row stride out_stride. partial: [SPLIT,
-// features, 8] float32; counters: one int a group of SPLIT blocks, zero before and after. Grid: any number
-// of blocks from SPLIT on; one a multiprocessor fills it.
+//   K: elements of a row. EIGHTS: rows of x, in eights. SPLIT: blocks that share K; the last of a group
+//   to finish adds. PHASES, COLUMNS: K = SPLIT PHASES COLUMNS, of which COLUMNS is a multiple of 256.
+//   PIECE: the most bytes of a row that one copy brings, a multiple of 512. STAGES: slots of the ring.
+//   NORM: x is RMSNorm(x) norm_weight: x is multiplied by the weights on the way in, sums by what the
+//   squares of x give when they are complete. BIAS. RESIDUAL: added to the rounded product. GATED: the
+//   weights are those of gate | up, out = activation(gate) up; a tile has 8 rows of each.
+// x [rows, K]; weight [features, K]; out and residual have row stride out_stride. partial: float32
+// [SPLIT, features, 8 EIGHTS], and behind it the squares [SPLIT, 8 EIGHTS]; counters: one int a group of
+// SPLIT blocks, zero before and after. Grid: any number of blocks from SPLIT on; one a multiprocessor
+// fills it.
 #include "common.cuh"
 #include "activation.cuh"
 
+#define WARPS 8
 #define THREADS (WARPS * 32)
 #define HALVES (GATED ? 2 : 1)
-#define SLICE (K / SPLIT / WARPS)  // elements of a row that a warp multiplies
-#define PACKS (SLICE / 32)         // of 8 of them that a lane keeps of x
-#define PIECES ((SLICE * 2 + PIECE - 1) / PIECE)
-#define LAST_PIECE (SLICE * 2 - (PIECES - 1) * PIECE)  // bytes
-// Of rows in a slot. 16 bytes more than a multiple of 128: of a lane's two reads of 16 bytes from each
-// 128 of row lane / 4, from 32 (lane % 4) on, those of 8 neighbouring lanes fall into different banks.
-#define PITCH (PIECE + 16)
-#define SLOT (8 * PITCH)
-#define OUTPUTS 64  // of 8 rows of weights, by 8 rows of x
+#define TILE (16 / HALVES)  // output features
+#define ROWS (8 * EIGHTS)
+#define PACKS (COLUMNS / (32 * WARPS))  // of 8 elements, that a lane keeps of a row of x
+#define PIECES ((COLUMNS * 2 + PIECE - 1) / PIECE)
+#define LAST_PIECE (COLUMNS * 2 - (PIECES - 1) * PIECE)  // bytes
+// Of rows in a slot: of a lane's reads of 16 bytes, in row lane / 4, those of 8 neighbouring lanes are of
+// two rows and fall into different banks.
+#define PITCH (PIECE + 64)
+#define SLOT (16 * PITCH)
+#define SUMS (16 * ROWS)  // of a tile
+#define OUTPUTS (SUMS / HALVES)
+#define OWN ((OUTPUTS + THREADS - 1) / THREADS)  // outputs of a tile that a thread finishes
 
-// Which output features a group of blocks computes, in rounds: 8 in each, dealt to the groups in turn,
-// and in the last what is then left, in parts as equal as can be.
+// Which output features a group of blocks computes, in rounds: a tile in each, dealt to the groups in
+// turn, and in the last what is then left, in parts as equal as can be.
 struct Share {
     int groups, group, whole, last_first, last_count;
 
     DEVICE Share(u32 features, u32 groups, u32 group) : groups(groups), group(group) {
-        whole = features / (8 * groups);
-        const u32 dealt = whole * 8 * groups, left = features - dealt;
+        whole = features / (TILE * groups);
+        const u32 dealt = whole * TILE * groups, left = features - dealt;
         last_first = dealt + left * group / groups;
         last_count = dealt + left * (group + 1) / groups - last_first;
     }
     DEVICE int rounds() const { return whole + (last_count > 0); }
     DEVICE int first(int round) const {
-        return round < whole ? (round * groups + group) * 8 : last_first;
+        return round < whole ? (round * groups + group) * TILE : last_first;
     }
-    DEVICE int count(int round) const { return round < whole ? 8 : last_count; }
+    DEVICE int count(int round) const { return round < whole ? TILE : last_count; }
 };
 
-// A warp's ring of weights. Slots are filled in the order in which they are used: of each round all
-// pieces of the rows, and where GATED then those of the rows of up.
+// The block's ring of weights. Slots are filled in the order in which they are used: in each phase of
+// each tile all pieces of its rows. Of a tile's rows every warp copies two, by a lane each.
 struct Ring {
     char* slots;
     u64* barriers;
-    const char* source;  // this warp's columns of the first row
+    const char* weights;  // this block's columns
     const Share& share;
-    int features;  // of the output
+    int units;  // output features
     u64 policy;
-    int rounds;
-    int round = 0, half = 0, piece = 0;  // the next to be copied
-    int slot = 0;                        // the next to be used
+    int slot = 0;  // the next to be used
     u32 parity = 0;
+    // The next to be copied: of this lane's row, if it has one.
+    int phase = 0, round = 0, piece = 0;
+    const char* source;
+    int tile_rows;
+    bool copies;
 
+    DEVICE static int row() { return threadIdx.x / 32 * 2 + threadIdx.x % 32; }
+    DEVICE void begin_tile() {
+        const int within = row() % TILE, count = share.count(round);
+        const int first = row() / TILE * units + share.first(round) + within;
+        tile_rows = count * HALVES;
+        copies = threadIdx.x % 32 < 2 && within < count;
+        source = weights + ((size_t)first * K + phase * COLUMNS) * 2;
+    }
     DEVICE void fill(int at) {
-        if (round == rounds) {
-#if RELEASE == 2
-            let_next_start();
-#endif
-            return;
-        }
-        const int lane = threadIdx.x % 32, count = share.count(round);
+        if (phase == PHASES) return;
         const u32 bytes = piece < PIECES - 1 ? PIECE : LAST_PIECE;
-        if (lane == 0) barrier_expect(barriers + at, count * bytes);
-        __syncwarp();
-        if (lane < count) {
-            const size_t row = half * features + share.first(round) + lane;
-            copy_bulk(slots + at * SLOT + lane * PITCH, source + row * (K * 2) + piece * PIECE,
-                      bytes, barriers + at, policy);
-        }
+        if (threadIdx.x == 0) barrier_expect(barriers + at, tile_rows * bytes);
+        if (copies)
+            copy_bulk(slots + at * SLOT + row() * PITCH, source, bytes, barriers + at, policy);
+        source += bytes;
         if (++piece < PIECES) return;
         piece = 0;
-        if (++half < HALVES) return;
-        half = 0;
-        round++;
+        if (++round == share.rounds()) round = 0, phase++;
+        begin_tile();
     }
     DEVICE void fill_all() {
+        begin_tile();
 #pragma unroll 1
         for (int i = 0; i < STAGES; i++) fill(i);
     }
@@ -90,88 +97,108 @@ struct Ring {
         barrier_wait(barriers + slot, parity);
         return slots + slot * SLOT;
     }
+    // Where every thread has read the slot.
     DEVICE void next() {
-        __syncwarp();  // every lane has read the slot
         fill(slot);
         if (++slot == STAGES) slot = 0, parity ^= 1;
     }
 };
 
-// This lane's part of x: of row g = lane / 4, of every 64 elements from `first` on the 16 from 16 t on,
-// t = lane % 4. (The order of k is free as long as both factors agree.)
-DEVICE void load_x(uint4 (&x)[PACKS], const T* rows, int count, int first) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const T* row = rows + (size_t)g * K + first + t * 16;
-#pragma unroll
-    for (int i = 0; i < PACKS; i++) x[i] = make_uint4(0, 0, 0, 0);
-    if (g >= count) return;
-#pragma unroll
-    for (int i = 0; i < PACKS; i++) x[i] = __ldcg((const uint4*)(row + i / 2 * 64 + i % 2 * 8));
+// The first column of a phase that pack i of this warp is of: warps share every piece evenly, and lane t
+// of 4 has of every 32 columns the 8 from 8 t on. (The order of k is free as long as both factors agree.)
+DEVICE int column_of(int i) {
+    const int piece = i / (PIECE / 512), within = i % (PIECE / 512);
+    const int bytes = piece < PIECES - 1 ? PIECE : LAST_PIECE;
+    return piece * (PIECE / 2) + threadIdx.x / 32 * (bytes / 16) + within * 32 + threadIdx.x % 4 * 8;
 }
 
-// Multiplies 8 rows of a and 8 of x, of which lanes hold what load_x says, into the sums' first half
-// (even words) and second (odd words). The rows that the tensor cores see are, up to the 8th, the even
-// words of a row, and then the odd ones: so a is as it came from memory. In each half, the other rows'
-// sums mean nothing.
-DEVICE void multiply_packs(float (&even)[4], float (&odd)[4], uint4 a, uint4 x) {
-    mma(even, a.x, a.y, a.z, a.w, x.x, x.z);
-    mma(odd, a.x, a.y, a.z, a.w, x.y, x.w);
+// This lane's part of x: of rows g, g + 8... , g = lane / 4.
+DEVICE void load_x(uint4 (&x)[EIGHTS][PACKS], const T* columns, int count) {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int n = 0; n < EIGHTS; n++)
+#pragma unroll
+        for (int i = 0; i < PACKS; i++) {
+            x[n][i] = make_uint4(0, 0, 0, 0);
+            if (n * 8 + g < count)
+                x[n][i] = __ldcg((const uint4*)(columns + (size_t)(n * 8 + g) * K + column_of(i)));
+        }
 }
 
 #if NORM
-// As `normed` of common.cuh, in less code and with conversions of pairs, of which a multiprocessor does
-// more in a cycle. Out of line, once for all.
-__noinline__ __device__ uint4 normed_by(uint4 x, const T* weights, float scale) {
-    const uint4 w = *(const uint4*)weights;
-    auto pair = [scale](u32 value, u32 weight) {
-        return multiply_pairs(packed(low_half(value) * scale, high_half(value) * scale), weight);
-    };
-    return make_uint4(pair(x.x, w.x), pair(x.y, w.y), pair(x.z, w.z), pair(x.w, w.w));
+DEVICE void load_norm(uint4* kept, const T* weights) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 8; i += THREADS)
+        if (i + threadIdx.x < COLUMNS / 8)
+            kept[i + threadIdx.x] = __ldg((const uint4*)weights + i + threadIdx.x);
 }
 
-// x after RMSNorm. The squares' sums are the diagonal of x xᵀ, which the tensor cores give in little
-// code: the first pass through a kernel's code costs the more time the longer it is. `weights`: those
-// of this warp's elements.
-DEVICE void norm_x(uint4 (&x)[PACKS], const T* weights, float eps) {
-    __shared__ float sums[WARPS][8];
+// Multiplies x by the norm's weights, and adds its squares to this warp's. Their sums are the diagonal of
+// x xᵀ, which the tensor cores give in little code: the first pass through a kernel's code costs the more
+// time the longer it is.
+DEVICE void weigh_x(uint4 (&x)[EIGHTS][PACKS], const T* weights, float* squares, bool first) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    float even[4] = {}, odd[4] = {};
 #pragma unroll
-    for (int i = 0; i < PACKS; i++) multiply_packs(even, odd, x[i], x[i]);
-    if (t == g / 2) sums[threadIdx.x / 32][g] = g % 2 ? even[1] + odd[3] : even[0] + odd[2];
-    __syncthreads();
-    float squares = 0;
+    for (int n = 0; n < EIGHTS; n++) {
+        float products[4] = {};
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) squares += sums[w][g];
-    const float scale = rsqrtf(squares / K + eps);
+        for (int i = 0; i < PACKS; i++) {
+            mma(products, x[n][i].x, 0, x[n][i].y, 0, x[n][i].x, x[n][i].y);
+            mma(products, x[n][i].z, 0, x[n][i].w, 0, x[n][i].z, x[n][i].w);
+        }
+        if (t == g / 2)
+            squares[n * 8 + g] =
+                (first ? 0 : squares[n * 8 + g]) + (g % 2 ? products[1] : products[0]);
+    }
 #pragma unroll
-    for (int i = 0; i < PACKS; i++)
-        x[i] = normed_by(x[i], weights + t * 16 + i / 2 * 64 + i % 2 * 8, scale);
+    for (int i = 0; i < PACKS; i++) {
+        const uint4 w = *(const uint4*)(weights + column_of(i));
+#pragma unroll
+        for (int n = 0; n < EIGHTS; n++)
+            x[n][i] = make_uint4(multiply_pairs(x[n][i].x, w.x), multiply_pairs(x[n][i].y, w.y),
+                                 multiply_pairs(x[n][i].z, w.z), multiply_pairs(x[n][i].w, w.w));
+    }
 }
 #endif
 
-// The sums of this warp's part of K for the 8 rows of weights that come next, [8 features, 8 rows of x].
-DEVICE void multiply(Ring& ring, const uint4 (&x)[PACKS], float* sums) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    float even[4] = {}, odd[4] = {};
+// The sums of this warp's part of the columns for the tile that comes next: [EIGHTS, 16 rows of weights,
+// 8 rows of x]. Returns when those of all warps are there.
+DEVICE void multiply(Ring& ring, const uint4 (&x)[EIGHTS][PACKS], float* sums) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float d[EIGHTS][4] = {};
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
-        const char* low = ring.wait() + g * PITCH + t * 32;
+        const int bytes = p < PIECES - 1 ? PIECE : LAST_PIECE;
+        const char* own = ring.wait() + g * PITCH + warp * (bytes / 8) + t * 16;
 #pragma unroll
-        for (int s = 0; s < (p < PIECES - 1 ? PIECE : LAST_PIECE) / 64; s++) {
-            const uint4 w = *(const uint4*)(low + s / 2 * 128 + s % 2 * 16);
-            multiply_packs(even, odd, w, x[p * (PIECE / 64) + s]);
+        for (int s = 0; s < bytes / 512; s++) {
+            const uint4 low = *(const uint4*)(own + s * 64);
+            const uint4 high = *(const uint4*)(own + s * 64 + 8 * PITCH);
+#pragma unroll
+            for (int n = 0; n < EIGHTS; n++) {
+                const uint4 b = x[n][p * (PIECE / 512) + s];
+                mma(d[n], low.x, high.x, low.y, high.y, b.x, b.y);
+                mma(d[n], low.z, high.z, low.w, high.w, b.z, b.w);
+            }
         }
+        if (p == PIECES - 1) {
+            float* const of_warp = sums + warp * SUMS + g * 8 + 2 * t;
+#pragma unroll
+            for (int n = 0; n < EIGHTS; n++) {
+                *(float2*)(of_warp + n * 128) = make_float2(d[n][0], d[n][1]);
+                *(float2*)(of_warp + n * 128 + 64) = make_float2(d[n][2], d[n][3]);
+            }
+        }
+        __syncthreads();
         ring.next();
     }
-    *(float2*)(sums + g * 8 + 2 * t) = make_float2(even[0] + odd[2], even[1] + odd[3]);
 }
 
 struct Output {
     T* out;
     const T* bias;
     const T* residual;
-    int features, stride;
+    int units, stride;
     // What is added to an output's sums. (Not as floats: whoever loads them does not wait for them.)
     struct Terms {
         T bias, up_bias, residual;
@@ -180,7 +207,7 @@ struct Output {
     DEVICE Terms terms(int row, int feature) const {
         Terms terms;
         if (BIAS) terms.bias = bias[feature];
-        if (BIAS && GATED) terms.up_bias = bias[features + feature];
+        if (BIAS && GATED) terms.up_bias = bias[units + feature];
         if (RESIDUAL) terms.residual = residual[(size_t)row * stride + feature];
         return terms;
     }
@@ -197,8 +224,9 @@ struct Output {
 #if SPLIT > 1
 // Adds the sums of all blocks of a group, always in the same order, in the last of them to come here.
 DEVICE void add_parts(const Share& share, const Output& output, const float* partial, int* counter,
-                      int rows) {
+                      int rows, float eps) {
     __shared__ int arrived;
+    __shared__ float scales[ROWS];
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -208,114 +236,180 @@ DEVICE void add_parts(const Share& share, const Output& output, const float* par
     __syncthreads();
     if (arrived != SPLIT - 1) return;
     __threadfence();
+    const size_t features = (size_t)output.units * HALVES;
+#if NORM
+    if (threadIdx.x < ROWS) {
+        float squares = 0;
+#pragma unroll
+        for (int p = 0; p < SPLIT; p++)
+            squares += __ldcg(partial + (SPLIT * features + p) * ROWS + threadIdx.x);
+        scales[threadIdx.x] = rsqrtf(squares / K + eps);
+    }
+    __syncthreads();
+#endif
     // 4 rows of a feature at a time.
+    constexpr int FOURS = ROWS / 4;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < share.rounds() * (OUTPUTS / 4); i += THREADS) {
-        const int round = i / (OUTPUTS / 4), within = i / 2 % 8, first_row = i % 2 * 4;
-        if (within >= share.count(round)) continue;
+    for (int i = threadIdx.x; i < share.rounds() * TILE * FOURS; i += THREADS) {
+        const int round = i / (TILE * FOURS), within = i / FOURS % TILE, first_row = i % FOURS * 4;
+        if (within >= share.count(round) || first_row >= rows) continue;
         const int feature = share.first(round) + within;
         float sums[HALVES][4] = {};
 #pragma unroll
-        for (int p = 0; p < SPLIT * HALVES; p++) {
-            const size_t at = ((size_t)p * output.features + feature) * 8 + first_row;
-            const float4 part = __ldcg((const float4*)(partial + at));
-            const float values[4] = {part.x, part.y, part.z, part.w};
+        for (int half = 0; half < HALVES; half++)
+#pragma unroll 4
+            for (int p = 0; p < SPLIT; p++) {
+                const size_t of = p * features + half * output.units + feature;
+                const float4 part = __ldcg((const float4*)(partial + of * ROWS + first_row));
+                const float values[4] = {part.x, part.y, part.z, part.w};
 #pragma unroll
-            for (int r = 0; r < 4; r++) sums[p % HALVES][r] += values[r];
-        }
+                for (int r = 0; r < 4; r++) sums[half][r] += values[r];
+            }
         Output::Terms terms[4];
 #pragma unroll
         for (int r = 0; r < 4; r++)
             if (first_row + r < rows) terms[r] = output.terms(first_row + r, feature);
 #pragma unroll
-        for (int r = 0; r < 4; r++)
+        for (int r = 0; r < 4; r++) {
+            const float scale = NORM ? scales[first_row + r] : 1;
             if (first_row + r < rows)
-                output.store(first_row + r, feature, sums[0][r], sums[HALVES - 1][r], terms[r]);
+                output.store(first_row + r, feature, sums[0][r] * scale, sums[HALVES - 1][r] * scale,
+                             terms[r]);
+        }
     }
 }
 #endif
+
+// Those outputs of every tile that a thread finishes: it adds the warps' sums.
+struct Owned {
+    float* partial;  // of this block's columns
+    const float* sums;
+    const float* squares;
+    const Output& output;
+    int rows;
+    float eps;
+    float scales[OWN];
+    Output::Terms terms[OWN];
+    float before[OWN][HALVES];  // the sums of earlier phases
+
+    DEVICE static int place(int i) { return i * THREADS + threadIdx.x; }
+    DEVICE static int row(int i) { return place(i) / (8 * TILE) * 8 + place(i) % 8; }
+    DEVICE static int within(int i) { return place(i) / 8 % TILE; }
+    DEVICE bool stores(int i, int count) const {
+        return place(i) < OUTPUTS && row(i) < rows && within(i) < count;
+    }
+    DEVICE float* waiting(int i, int first, int half) const {
+        const size_t feature = half * output.units + first + within(i);
+        return partial + feature * ROWS + row(i);
+    }
+    // Loads what is added to a tile's sums, long before it is used.
+    DEVICE void prepare(int phase, int first, int count) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (!stores(i, count)) continue;
+            if (SPLIT == 1 && phase == PHASES - 1)
+                terms[i] = output.terms(row(i), first + within(i));
+            if (phase > 0)
+#pragma unroll
+                for (int half = 0; half < HALVES; half++)
+                    before[i][half] = __ldcg(waiting(i, first, half));
+        }
+    }
+    // What rows of x are divided by, once all squares are there.
+    DEVICE void set_scales() {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (!stores(i, TILE)) continue;
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += squares[w * ROWS + row(i)];
+            scales[i] = rsqrtf(sum / K + eps);
+        }
+    }
+    DEVICE void finish(int phase, int first, int count) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (!stores(i, count)) continue;
+            const float* of_warps = sums + row(i) / 8 * 128 + within(i) * 8 + row(i) % 8;
+            float sum[HALVES];
+#pragma unroll
+            for (int half = 0; half < HALVES; half++) {
+                sum[half] = phase > 0 ? before[i][half] : 0;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) sum[half] += of_warps[w * SUMS + half * 64];
+            }
+            if (SPLIT > 1 || phase < PHASES - 1) {
+#pragma unroll
+                for (int half = 0; half < HALVES; half++)
+                    __stcg(waiting(i, first, half), sum[half]);
+                continue;
+            }
+            const float scale = NORM ? scales[i] : 1;
+            output.store(row(i), first + within(i), sum[0] * scale, sum[HALVES - 1] * scale,
+                         terms[i]);
+        }
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
           const T* norm_weight, float* partial, int* counters, int rows, int features,
           int out_stride, float eps) {
-    extern __shared__ __align__(128) char shared[];  // the rings, then the warps' areas
-    __shared__ u64 barriers[WARPS * STAGES];
-#if RELEASE == 0
+    extern __shared__ __align__(128) char shared[];  // the ring, then the warps' sums of a tile
+    __shared__ u64 barriers[STAGES];
+    __shared__ float squares[WARPS * ROWS];
     let_next_start();
-#endif
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int units = features / HALVES, group = blockIdx.x / SPLIT, part = blockIdx.x % SPLIT;
-    const int first = part * (K / SPLIT) + warp * SLICE;
     if (gridDim.x / SPLIT <= group) return;
     const Share share(units, gridDim.x / SPLIT, group);
-    if (lane < STAGES) barrier_init(barriers + warp * STAGES + lane);
+    if (share.rounds() == 0) return;
+    if (threadIdx.x < STAGES) barrier_init(barriers + threadIdx.x);
     barriers_ready();
-    __syncwarp();
-    Ring ring{shared + warp * STAGES * SLOT, barriers + warp * STAGES,
-              (const char*)(weight + first), share, units,
-              EVICT_FIRST ? evict_first() : evict_normal(), share.rounds()};
-#if EARLY
+    __syncthreads();
+    const int begin = part * (K / SPLIT);
+    Ring ring{shared, barriers, (const char*)(weight + begin), share, units, evict_first()};
     ring.fill_all();
-#endif
-    // A warp's area holds its norm weights, fetched while there is time, and once x is normed its sums
-    // of two rounds.
-    char* const areas = shared + WARPS * STAGES * SLOT;
+    // Before each phase, the sums' place is that of the norm's weights.
+    float* const sums = (float*)(shared + STAGES * SLOT);
 #if NORM
-    uint4* const norm_weights = (uint4*)(areas + warp * AREA);
-#pragma unroll
-    for (int i = 0; i < SLICE / 8; i += 32)
-        if (i + lane < SLICE / 8)
-            norm_weights[i + lane] = __ldg((const uint4*)(norm_weight + first) + i + lane);
-    __syncwarp();
+    load_norm((uint4*)sums, norm_weight + begin);  // now, while there is time
 #endif
     wait_for_previous();
-#if !EARLY
-    ring.fill_all();
-#endif
-    uint4 kept[PACKS];
-    load_x(kept, x, rows, first);
-#if NORM
-    norm_x(kept, (const T*)norm_weights, eps);
-    __syncwarp();  // every lane has read the weights
-#endif
-#if RELEASE == 1
-    let_next_start();
-#endif
     const Output output{out, bias, residual, units, out_stride};
-    const int row = threadIdx.x % 8, within = threadIdx.x / 8;
-    int buffer = 0;
-    for (int round = 0; round < share.rounds(); round++) {
-        const int feature = share.first(round) + within;
-        const bool stores = row < rows && within < share.count(round);
-        Output::Terms terms;
-        if (SPLIT == 1 && stores) terms = output.terms(row, feature);  // long before it is used
+    Owned owned{partial + (size_t)part * features * ROWS, sums, squares, output, rows, eps};
+    uint4 kept[EIGHTS][PACKS];
 #pragma unroll 1
-        for (int half = 0; half < HALVES; half++)
-            multiply(ring, kept,
-                     (float*)(areas + warp * AREA) + (buffer * HALVES + half) * OUTPUTS);
-        __syncthreads();
-        if (stores) {
-            float sums[HALVES] = {};
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const float* of_warp = (const float*)(areas + w * AREA) + buffer * HALVES * OUTPUTS;
-#pragma unroll
-                for (int half = 0; half < HALVES; half++)
-                    sums[half] += of_warp[half * OUTPUTS + threadIdx.x];
-            }
-#if SPLIT > 1
-#pragma unroll
-            for (int half = 0; half < HALVES; half++)
-                __stcg(partial + ((size_t)(part * HALVES + half) * units + feature) * 8 + row,
-                       sums[half]);
-#else
-            output.store(row, feature, sums[0], sums[HALVES - 1], terms);
-#endif
+    for (int phase = 0; phase < PHASES; phase++) {
+        load_x(kept, x + begin + phase * COLUMNS, rows);
+#if NORM
+        if (phase > 0) {
+            __syncthreads();  // the last tile's sums have been read
+            load_norm((uint4*)sums, norm_weight + begin + phase * COLUMNS);
         }
-        buffer ^= 1;  // the sums just read are written again only after the next barrier
+        __syncthreads();
+        weigh_x(kept, (const T*)sums, squares + threadIdx.x / 32 * ROWS, phase == 0);
+        __syncthreads();  // the weights have been read, all squares are there
+        if (SPLIT == 1 && phase == PHASES - 1) owned.set_scales();
+#endif
+#pragma unroll 1
+        for (int round = 0; round < share.rounds(); round++) {
+            const int first = share.first(round), count = share.count(round);
+            owned.prepare(phase, first, count);
+            multiply(ring, kept, sums);
+            owned.finish(phase, first, count);
+            if (PIECES == 1) __syncthreads();  // the next tile's sums come to the same place
+        }
     }
 #if SPLIT > 1
-    add_parts(share, output, partial, counters + group, rows);
+#if NORM
+    if (threadIdx.x < ROWS) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += squares[w * ROWS + threadIdx.x];
+        // Every group writes the same.
+        __stcg(partial + (size_t)(SPLIT * features + part) * ROWS + threadIdx.x, sum);
+    }
+#endif
+    add_parts(share, output, partial, counters + group, rows, eps);
 #endif
 }
