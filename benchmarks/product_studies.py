@@ -31,23 +31,17 @@ VARIANTS = {
 }
 ROWS_TUNINGS = {
     "rows_gemm": RowsTuning(),
-    "no early copies": RowsTuning(early=False),
-    "next starts with x": RowsTuning(release="with x"),
-    "next starts with copies": RowsTuning(release="with copies"),
-    "weights kept in L2": RowsTuning(evict_first=False),
-    "8 warps, 6 x 256 bytes": RowsTuning(piece=256, stages=6),
-    "8 warps, 2 x 512 bytes": RowsTuning(stages=2),
-    "4 warps, 3 x 1 KB": RowsTuning(warps=4, piece=1024),
-    "4 warps, 6 x 512 bytes": RowsTuning(warps=4, stages=6),
+    "2 KB a copy": RowsTuning(piece=2048),
+    "rings of 64 KB": RowsTuning(ring=68 << 10),
 }
 FEW_ROWS = {
-    "stream_gemm": KernelChoice(few_rows="stream_gemm"),
     "torch": KernelChoice(few_rows="torch"),
     **{
         name: KernelChoice(few_rows="rows_gemm", rows=tuning)
         for name, tuning in ROWS_TUNINGS.items()
     },
     "rows_gemm, fused attention": KernelChoice(few_rows="rows_gemm", attention="fused"),
+    "torch, fused attention": KernelChoice(few_rows="torch", attention="fused"),
 }
 
 
@@ -62,7 +56,7 @@ class Study:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        smaller = (size for size in (2, 4, 8) if size < self.rows)
+        smaller = (size for size in (2, 4, 8, 16, 24) if size < self.rows)
         return (*smaller, self.rows)
 
     @property

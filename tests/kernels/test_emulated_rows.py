@@ -49,7 +49,7 @@ def divided(plan: RowsPlan, split: int, phases: int) -> RowsPlan:
     """The plan of a small product, divided like a large one."""
     columns, rest = divmod(plan.split * plan.phases * plan.columns, split * phases)
     assert rest == 0 and columns % 256 == 0
-    piece = min(plan.piece, 2 * columns)
+    piece = min(plan.piece, columns // 4 * plan.team)
     return dataclasses.replace(plan, split=split, phases=phases, columns=columns, piece=piece)
 
 
@@ -154,7 +154,7 @@ def test_features_are_dealt_to_blocks(features: int, gated: bool) -> None:
 @pytest.mark.parametrize("k", [256, 512, 1280, 1792, 4096])
 def test_warps_share_k(k: int) -> None:
     check(3, 20, k, norm=True)
-    check(8, 20, k, tuning=RowsTuning(piece=1536, ring=64 << 10), residual=True)
+    check(8, 20, k, tuning=RowsTuning(piece=1536, ring=64 << 10, tile=8), residual=True)
     check(29, 20, k, tuning=RowsTuning(piece=2048, ring=80 << 10), norm=True)
 
 
@@ -181,6 +181,11 @@ def test_long_rows(rows: int, k: int) -> None:
         RowsTuning(piece=512, ring=20 << 10),
         RowsTuning(piece=2048),
         RowsTuning(ring=64 << 10),
+        RowsTuning(team=1, tile=8, piece=512, ring=80 << 10),
+        RowsTuning(team=2, tile=8, piece=256, ring=80 << 10),
+        RowsTuning(team=2, tile=16, piece=512, ring=80 << 10),
+        RowsTuning(team=4, tile=16, piece=1024, ring=80 << 10),
+        RowsTuning(team=8, tile=8, piece=4096),
     ],
     ids=str,
 )

@@ -25,14 +25,13 @@ from llmforge.kernels.stream import StreamScratch
 
 MOST_ROWS = 32  # of x
 _WARPS = 8
-_TILE = 16  # rows of weights that are multiplied at once
 _UNIT = 32 * _WARPS  # columns that a block's warps share evenly
-_PIECE_BYTES = 2 * _UNIT  # that a copy is a multiple of
 # Elements of x that the lanes of a block keep in half of their registers, where two blocks share those
 # of a multiprocessor; and the fewest that are worth a phase of their own.
 _KEPT = 4096 * 8
 _LEAST_KEPT = _KEPT // 4
 _MAX_SPLIT = 4
+_SUMS_BYTES = 16 << 10  # of a block for a second tile's sums too
 _LEAST_STAGES = 2
 _MAX_STAGES = 16
 
@@ -44,25 +43,27 @@ _PROCESSOR = 0.08e6  # what one multiprocessor reads of the L2 cache
 _MEETING = 2.0  # microseconds until the last block of a group knows that it is the last
 
 
-def _slot(piece: int) -> int:
-    """Bytes of a slot of the ring."""
-    return _TILE * (piece + 64)
-
-
 @dataclass(frozen=True)
 class RowsTuning:
     """What a measurement is to choose; benchmarks/cuda_products.py is one.
 
-    piece: the most bytes of one copy. ring: the most bytes of a block's ring."""
+    piece: the most bytes of one copy. ring: the most bytes of a block's rings. team: warps that
+    share a ring. tile: rows of weights that are multiplied at once, 8 or 16."""
 
     piece: int = 1024
     ring: int = 100 << 10
+    team: int = 8
+    tile: int = 16
 
     def __post_init__(self) -> None:
-        whole = self.piece > 0 and self.piece % _PIECE_BYTES == 0
-        require(whole, f"rows_gemm: pieces of {_PIECE_BYTES} bytes")
-        least = _LEAST_STAGES * _slot(self.piece)
-        require(self.ring >= least, f"rows_gemm: rings of {_LEAST_STAGES} slots, {least} bytes")
+        require(self.team in (1, 2, 4, 8), "rows_gemm: teams of 1, 2, 4 or 8 warps")
+        require(self.tile in (8, 16), "rows_gemm: tiles of 8 or 16 rows")
+        unit = 64 * self.team
+        require(self.piece > 0 and self.piece % unit == 0, f"rows_gemm: pieces of {unit} bytes")
+
+    def slots(self, piece: int) -> int:
+        """Bytes of a slot of every ring."""
+        return _WARPS // self.team * self.tile * (-(-piece // 128) * 128 + 64)
 
 
 DEFAULT_ROWS = RowsTuning()
@@ -77,8 +78,11 @@ class RowsPlan:
     split: int
     phases: int
     columns: int
+    team: int
+    tile: int
     piece: int
     stages: int
+    buffers: int
     shared_bytes: int
 
     def scratch_floats(self, features: int) -> int:
@@ -103,13 +107,18 @@ def rows_plan(
     columns = weights[1] // split // phases
     most = (ALONE_BYTES if alone else SHARED_BYTES) - OVERHEAD_BYTES
     # The warps' sums of a tile, or the weights of the norm.
-    area = max(_WARPS * _TILE * eights * 8 * 4, 2 * columns)
-    piece = min(tuning.piece, 2 * columns)
-    stages = min(_MAX_STAGES, tuning.ring // _slot(piece), (most - area) // _slot(piece))
+    sums = _WARPS * tuning.tile * eights * 8 * 4
+    buffers = 2 if 2 * sums <= _SUMS_BYTES else 1
+    area = max(buffers * sums, 2 * columns)
+    piece = min(tuning.piece, 2 * columns // _WARPS * tuning.team)
+    slots = tuning.slots(piece)
+    stages = min(_MAX_STAGES, tuning.ring // slots, (most - area) // slots)
     if stages < _LEAST_STAGES:
         return None
-    used = stages * _slot(piece) + area
-    return RowsPlan(eights, split, phases, columns, piece, stages, most if alone else used)
+    return RowsPlan(
+        eights, split, phases, columns, tuning.team, tuning.tile, piece, stages, buffers,
+        most if alone else stages * slots + area,
+    )  # fmt: skip
 
 
 def _divisions(k: int, eights: int) -> Iterator[tuple[int, int]]:
@@ -173,7 +182,8 @@ def rows_gemm(
     )  # fmt: skip
     spec = specialised(
         "rows_gemm.cu", "rows_gemm", dtype, K=k, EIGHTS=plan.eights, SPLIT=plan.split,
-        PHASES=plan.phases, COLUMNS=plan.columns, PIECE=plan.piece, STAGES=plan.stages, **fused,
+        PHASES=plan.phases, COLUMNS=plan.columns, PIECE=plan.piece, STAGES=plan.stages,
+        TEAM=plan.team, TILE_ROWS=plan.tile, BUFFERS=plan.buffers, **fused,
     )  # fmt: skip
     grid = (Size("processors"), 1, 1)
     return Launch(spec, arguments, grid, _WARPS * 32, plan.shared_bytes)

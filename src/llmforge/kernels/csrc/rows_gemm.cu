@@ -20,16 +20,19 @@
 #define WARPS 8
 #define THREADS (WARPS * 32)
 #define HALVES (GATED ? 2 : 1)
-#define TILE (16 / HALVES)  // output features
+#define TILE (TILE_ROWS / HALVES)  // output features
 #define ROWS (8 * EIGHTS)
 #define PACKS (COLUMNS / (32 * WARPS))  // of 8 elements, that a lane keeps of a row of x
-#define PIECES ((COLUMNS * 2 + PIECE - 1) / PIECE)
-#define LAST_PIECE (COLUMNS * 2 - (PIECES - 1) * PIECE)  // bytes
+#define TEAM_COLUMNS (COLUMNS / WARPS * TEAM)
+#define PIECES ((TEAM_COLUMNS * 2 + PIECE - 1) / PIECE)
+#define LAST_PIECE (TEAM_COLUMNS * 2 - (PIECES - 1) * PIECE)  // bytes
+#define PIECE_PACKS (PIECE / (64 * TEAM))
+#define COPIED (TILE_ROWS / TEAM)  // rows of a tile, that each warp of a team copies
 // Of rows in a slot: of a lane's reads of 16 bytes, in row lane / 4, those of 8 neighbouring lanes are of
 // two rows and fall into different banks.
-#define PITCH (PIECE + 64)
-#define SLOT (16 * PITCH)
-#define SUMS (16 * ROWS)  // of a tile
+#define PITCH ((PIECE + 127) / 128 * 128 + 64)
+#define SLOT (TILE_ROWS * PITCH)
+#define SUMS (TILE_ROWS * ROWS)  // of a tile
 #define OUTPUTS (SUMS / HALVES)
 #define OWN ((OUTPUTS + THREADS - 1) / THREADS)  // outputs of a tile that a thread finishes
 
@@ -51,6 +54,17 @@ struct Share {
     DEVICE int count(int round) const { return round < whole ? TILE : last_count; }
 };
 
+// Returns when all threads of a team of warps have come.
+DEVICE void meet_team() {
+#if TEAM == 1
+    __syncwarp();
+#elif TEAM == WARPS
+    __syncthreads();
+#else
+    meet_some(1 + threadIdx.x / (32 * TEAM), 32 * TEAM);
+#endif
+}
+
 // The block's ring of weights. Slots are filled in the order in which they are used: in each phase of
 // each tile all pieces of its rows. Of a tile's rows every warp copies two, by a lane each.
 struct Ring {
@@ -68,18 +82,18 @@ struct Ring {
     int tile_rows;
     bool copies;
 
-    DEVICE static int row() { return threadIdx.x / 32 * 2 + threadIdx.x % 32; }
+    DEVICE static int row() { return threadIdx.x / 32 % TEAM * COPIED + threadIdx.x % 32; }
     DEVICE void begin_tile() {
         const int within = row() % TILE, count = share.count(round);
         const int first = row() / TILE * units + share.first(round) + within;
         tile_rows = count * HALVES;
-        copies = threadIdx.x % 32 < 2 && within < count;
+        copies = threadIdx.x % 32 < COPIED && within < count;
         source = weights + ((size_t)first * K + phase * COLUMNS) * 2;
     }
     DEVICE void fill(int at) {
         if (phase == PHASES) return;
         const u32 bytes = piece < PIECES - 1 ? PIECE : LAST_PIECE;
-        if (threadIdx.x == 0) barrier_expect(barriers + at, tile_rows * bytes);
+        if (threadIdx.x % (32 * TEAM) == 0) barrier_expect(barriers + at, tile_rows * bytes);
         if (copies)
             copy_bulk(slots + at * SLOT + row() * PITCH, source, bytes, barriers + at, policy);
         source += bytes;
@@ -97,8 +111,8 @@ struct Ring {
         barrier_wait(barriers + slot, parity);
         return slots + slot * SLOT;
     }
-    // Where every thread has read the slot.
     DEVICE void next() {
+        meet_team();  // every thread has read the slot
         fill(slot);
         if (++slot == STAGES) slot = 0, parity ^= 1;
     }
@@ -107,9 +121,10 @@ struct Ring {
 // The first column of a phase that pack i of this warp is of: warps share every piece evenly, and lane t
 // of 4 has of every 32 columns the 8 from 8 t on. (The order of k is free as long as both factors agree.)
 DEVICE int column_of(int i) {
-    const int piece = i / (PIECE / 512), within = i % (PIECE / 512);
+    const int piece = i / PIECE_PACKS, within = i % PIECE_PACKS, warp = threadIdx.x / 32;
     const int bytes = piece < PIECES - 1 ? PIECE : LAST_PIECE;
-    return piece * (PIECE / 2) + threadIdx.x / 32 * (bytes / 16) + within * 32 + threadIdx.x % 4 * 8;
+    return warp / TEAM * TEAM_COLUMNS + piece * (PIECE / 2) + warp % TEAM * (bytes / 2 / TEAM) +
+           within * 32 + threadIdx.x % 4 * 8;
 }
 
 // This lane's part of x: of rows g, g + 8... , g = lane / 4.
@@ -165,33 +180,47 @@ DEVICE void weigh_x(uint4 (&x)[EIGHTS][PACKS], const T* weights, float* squares,
 // 8 rows of x]. Returns when those of all warps are there.
 DEVICE void multiply(Ring& ring, const uint4 (&x)[EIGHTS][PACKS], float* sums) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#if TILE_ROWS == 16
     float d[EIGHTS][4] = {};
+#else
+    float even[EIGHTS][4] = {}, odd[EIGHTS][4] = {};
+#endif
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
         const int bytes = p < PIECES - 1 ? PIECE : LAST_PIECE;
-        const char* own = ring.wait() + g * PITCH + warp * (bytes / 8) + t * 16;
+        const char* own = ring.wait() + g * PITCH + warp % TEAM * (bytes / TEAM) + t * 16;
 #pragma unroll
-        for (int s = 0; s < bytes / 512; s++) {
+        for (int s = 0; s < bytes / (64 * TEAM); s++) {
             const uint4 low = *(const uint4*)(own + s * 64);
+#if TILE_ROWS == 16
             const uint4 high = *(const uint4*)(own + s * 64 + 8 * PITCH);
+#endif
 #pragma unroll
             for (int n = 0; n < EIGHTS; n++) {
-                const uint4 b = x[n][p * (PIECE / 512) + s];
+                const uint4 b = x[n][p * PIECE_PACKS + s];
+#if TILE_ROWS == 16
                 mma(d[n], low.x, high.x, low.y, high.y, b.x, b.y);
                 mma(d[n], low.z, high.z, low.w, high.w, b.z, b.w);
+#else
+                mma(even[n], low.x, low.y, low.z, low.w, b.x, b.z);
+                mma(odd[n], low.x, low.y, low.z, low.w, b.y, b.w);
+#endif
             }
         }
-        if (p == PIECES - 1) {
-            float* const of_warp = sums + warp * SUMS + g * 8 + 2 * t;
-#pragma unroll
-            for (int n = 0; n < EIGHTS; n++) {
-                *(float2*)(of_warp + n * 128) = make_float2(d[n][0], d[n][1]);
-                *(float2*)(of_warp + n * 128 + 64) = make_float2(d[n][2], d[n][3]);
-            }
-        }
-        __syncthreads();
         ring.next();
     }
+    float* const of_warp = sums + warp * SUMS + g * 8 + 2 * t;
+#pragma unroll
+    for (int n = 0; n < EIGHTS; n++) {
+#if TILE_ROWS == 16
+        *(float2*)(of_warp + n * 128) = make_float2(d[n][0], d[n][1]);
+        *(float2*)(of_warp + n * 128 + 64) = make_float2(d[n][2], d[n][3]);
+#else
+        *(float2*)(of_warp + n * 64) =
+            make_float2(even[n][0] + odd[n][2], even[n][1] + odd[n][3]);
+#endif
+    }
+    __syncthreads();
 }
 
 struct Output {
@@ -330,13 +359,13 @@ struct Owned {
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             if (!stores(i, count)) continue;
-            const float* of_warps = sums + row(i) / 8 * 128 + within(i) * 8 + row(i) % 8;
+            const float* of_warps = sums + row(i) / 8 * (8 * TILE_ROWS) + within(i) * 8 + row(i) % 8;
             float sum[HALVES];
 #pragma unroll
             for (int half = 0; half < HALVES; half++) {
                 sum[half] = phase > 0 ? before[i][half] : 0;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) sum[half] += of_warps[w * SUMS + half * 64];
+                for (int w = 0; w < WARPS; w++) sum[half] += of_warps[w * SUMS + half * 8 * TILE];
             }
             if (SPLIT > 1 || phase < PHASES - 1) {
 #pragma unroll
@@ -356,21 +385,22 @@ rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
           const T* norm_weight, float* partial, int* counters, int rows, int features,
           int out_stride, float eps) {
     extern __shared__ __align__(128) char shared[];  // the ring, then the warps' sums of a tile
-    __shared__ u64 barriers[STAGES];
+    __shared__ u64 barriers[WARPS / TEAM * STAGES];
     __shared__ float squares[WARPS * ROWS];
     let_next_start();
     const int units = features / HALVES, group = blockIdx.x / SPLIT, part = blockIdx.x % SPLIT;
     if (gridDim.x / SPLIT <= group) return;
     const Share share(units, gridDim.x / SPLIT, group);
     if (share.rounds() == 0) return;
-    if (threadIdx.x < STAGES) barrier_init(barriers + threadIdx.x);
+    if (threadIdx.x < WARPS / TEAM * STAGES) barrier_init(barriers + threadIdx.x);
     barriers_ready();
     __syncthreads();
-    const int begin = part * (K / SPLIT);
-    Ring ring{shared, barriers, (const char*)(weight + begin), share, units, evict_first()};
+    const int begin = part * (K / SPLIT), team = threadIdx.x / (32 * TEAM);
+    Ring ring{shared + team * STAGES * SLOT, barriers + team * STAGES,
+              (const char*)(weight + begin + team * TEAM_COLUMNS), share, units, evict_first()};
     ring.fill_all();
     // Before each phase, the sums' place is that of the norm's weights.
-    float* const sums = (float*)(shared + STAGES * SLOT);
+    float* const sums = (float*)(shared + WARPS / TEAM * STAGES * SLOT);
 #if NORM
     load_norm((uint4*)sums, norm_weight + begin);  // now, while there is time
 #endif
@@ -378,6 +408,7 @@ rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
     const Output output{out, bias, residual, units, out_stride};
     Owned owned{partial + (size_t)part * features * ROWS, sums, squares, output, rows, eps};
     uint4 kept[EIGHTS][PACKS];
+    int buffer = 0;
 #pragma unroll 1
     for (int phase = 0; phase < PHASES; phase++) {
         load_x(kept, x + begin + phase * COLUMNS, rows);
@@ -395,9 +426,11 @@ rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
         for (int round = 0; round < share.rounds(); round++) {
             const int first = share.first(round), count = share.count(round);
             owned.prepare(phase, first, count);
-            multiply(ring, kept, sums);
+            owned.sums = sums + buffer * WARPS * SUMS;
+            multiply(ring, kept, sums + buffer * WARPS * SUMS);
             owned.finish(phase, first, count);
-            if (PIECES == 1) __syncthreads();  // the next tile's sums come to the same place
+            if (BUFFERS == 1) __syncthreads();  // the next tile's sums come to the same place
+            else buffer ^= 1;  // sums just read are written again only after the next barrier
         }
     }
 #if SPLIT > 1
