@@ -31,17 +31,18 @@ VARIANTS = {
 }
 ROWS_TUNINGS = {
     "rows_gemm": RowsTuning(),
-    "2 KB a copy": RowsTuning(piece=2048),
-    "rings of 64 KB": RowsTuning(ring=68 << 10),
+    "2 slots of 2 KB": RowsTuning(stages=2),
+    "4 slots of 2 KB": RowsTuning(stages=4),
+    "6 slots of 1 KB": RowsTuning(piece=1024, stages=6),
 }
 FEW_ROWS = {
+    "stream_gemm": KernelChoice(few_rows="stream_gemm"),
     "torch": KernelChoice(few_rows="torch"),
     **{
         name: KernelChoice(few_rows="rows_gemm", rows=tuning)
         for name, tuning in ROWS_TUNINGS.items()
     },
     "rows_gemm, fused attention": KernelChoice(few_rows="rows_gemm", attention="fused"),
-    "torch, fused attention": KernelChoice(few_rows="torch", attention="fused"),
 }
 
 
@@ -56,7 +57,7 @@ class Study:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        smaller = (size for size in (2, 4, 8, 16, 24) if size < self.rows)
+        smaller = (size for size in (2, 4, 8) if size < self.rows)
         return (*smaller, self.rows)
 
     @property

@@ -1,8 +1,7 @@
-"""Launches of rows_gemm.cu: products of 2 to 32 rows, as fast as the weights can be read."""
+"""Launches of rows_gemm.cu: products of 2 to 8 rows, as fast as the weights can be read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmforge.kernels.launch import (
@@ -23,47 +22,31 @@ from llmforge.kernels.product import (
 )
 from llmforge.kernels.stream import StreamScratch
 
-MOST_ROWS = 32  # of x
 _WARPS = 8
-_UNIT = 32 * _WARPS  # columns that a block's warps share evenly
-# Elements of x that the lanes of a block keep in half of their registers, where two blocks share those
-# of a multiprocessor; and the fewest that are worth a phase of their own.
-_KEPT = 4096 * 8
-_LEAST_KEPT = _KEPT // 4
-_MAX_SPLIT = 4
-_SUMS_BYTES = 16 << 10  # of a block for a second tile's sums too
-_LEAST_STAGES = 2
+_TILE = 8  # rows of weights that are multiplied at once; also the most rows of x
+_PIECE_BYTES = 64 * _WARPS  # that a copy is a multiple of: 32 elements for each warp
 _MAX_STAGES = 16
-
-# What the plan estimates with: see `_microseconds`. Of an H200.
-_PROCESSORS = 132
-_MEMORY = 4.42e6  # bytes a microsecond
-_L2_CACHE = 5.5e6
-_PROCESSOR = 0.08e6  # what one multiprocessor reads of the L2 cache
-_MEETING = 2.0  # microseconds until the last block of a group knows that it is the last
+_MAX_SPLIT = 8
+# Of x, that the lanes of a block keep in half of their registers, where two blocks share those of a
+# multiprocessor.
+_KEPT = 4096
+_SUMS_BYTES = 2 * _WARPS * _TILE * 8 * 4  # of two tiles, that the warps hand over
 
 
 @dataclass(frozen=True)
 class RowsTuning:
     """What a measurement is to choose; benchmarks/cuda_products.py is one.
 
-    piece: the most bytes of one copy. ring: the most bytes of a block's rings. team: warps that
-    share a ring. tile: rows of weights that are multiplied at once, 8 or 16."""
+    piece: the most bytes of one copy. stages: slots of a block's ring, of a piece of 8 rows each.
+    More than 60 KB of slots are slower, although they fit."""
 
-    piece: int = 1024
-    ring: int = 100 << 10
-    team: int = 8
-    tile: int = 16
+    piece: int = 2048
+    stages: int = 3
 
     def __post_init__(self) -> None:
-        require(self.team in (1, 2, 4, 8), "rows_gemm: teams of 1, 2, 4 or 8 warps")
-        require(self.tile in (8, 16), "rows_gemm: tiles of 8 or 16 rows")
-        unit = 64 * self.team
-        require(self.piece > 0 and self.piece % unit == 0, f"rows_gemm: pieces of {unit} bytes")
-
-    def slots(self, piece: int) -> int:
-        """Bytes of a slot of every ring."""
-        return _WARPS // self.team * self.tile * (-(-piece // 128) * 128 + 64)
+        whole = self.piece > 0 and self.piece % _PIECE_BYTES == 0
+        require(whole, f"rows_gemm: pieces of {_PIECE_BYTES} bytes")
+        require(0 < self.stages <= _MAX_STAGES, f"rows_gemm: 1 to {_MAX_STAGES} stages")
 
 
 DEFAULT_ROWS = RowsTuning()
@@ -71,80 +54,39 @@ DEFAULT_ROWS = RowsTuning()
 
 @dataclass(frozen=True)
 class RowsPlan:
-    """How rows_gemm.cu divides a product: EIGHTS, SPLIT, PHASES, COLUMNS, PIECE and STAGES there.
-    shared_bytes: what a block asks for."""
+    """How rows_gemm.cu divides a product: SPLIT and PIECE there. shared_bytes: what a block asks
+    for."""
 
-    eights: int
     split: int
-    phases: int
-    columns: int
-    team: int
-    tile: int
     piece: int
-    stages: int
-    buffers: int
     shared_bytes: int
 
-    def scratch_floats(self, features: int) -> int:
-        """Elements of `StreamScratch.partial` for weights of so many rows."""
-        if self.split == self.phases == 1:
-            return 1
-        return self.split * (features + 1) * 8 * self.eights
 
-
-def rows_plan(
-    dtype: str, weights: tuple[int, int], rows: int, tuning: RowsTuning, *, alone: bool = False
-) -> RowsPlan | None:
-    """The plan for weights [features, k] and at most `rows` rows, or None where the kernel does not
-    take them."""
-    if dtype == "float32" or rows > MOST_ROWS:
+def rows_plan(dtype: str, k: int, tuning: RowsTuning, *, alone: bool = False) -> RowsPlan | None:
+    """The plan for weights of `k` columns, or None where the kernel does not take them."""
+    if dtype == "float32":
         return None
-    eights = -(-rows // 8)
-    divisions = list(_divisions(weights[1], eights))
-    if not divisions:
-        return None
-    split, phases = min(divisions, key=lambda d: (_microseconds(weights, eights, d[0]), d))
-    columns = weights[1] // split // phases
-    most = (ALONE_BYTES if alone else SHARED_BYTES) - OVERHEAD_BYTES
-    # The warps' sums of a tile, or the weights of the norm.
-    sums = _WARPS * tuning.tile * eights * 8 * 4
-    buffers = 2 if 2 * sums <= _SUMS_BYTES else 1
-    area = max(buffers * sums, 2 * columns)
-    piece = min(tuning.piece, 2 * columns // _WARPS * tuning.team)
-    slots = tuning.slots(piece)
-    stages = min(_MAX_STAGES, tuning.ring // slots, (most - area) // slots)
-    if stages < _LEAST_STAGES:
-        return None
-    return RowsPlan(
-        eights, split, phases, columns, tuning.team, tuning.tile, piece, stages, buffers,
-        most if alone else stages * slots + area,
-    )  # fmt: skip
-
-
-def _divisions(k: int, eights: int) -> Iterator[tuple[int, int]]:
-    """The ways to divide k among blocks, each with the fewest phases in which they can go through
-    their part of it."""
     for split in range(1, _MAX_SPLIT + 1):
-        units, rest = divmod(k, split * _UNIT)
-        for phases in range(1, units + 1 if rest == 0 else 1):
-            kept = units // phases * _UNIT * eights * 8
-            if units % phases == 0 and kept <= _KEPT:
-                if phases == 1 or kept >= _LEAST_KEPT:
-                    yield split, phases
-                break
+        columns, rest = divmod(k, split)
+        if rest == 0 and columns % (32 * _WARPS) == 0 and columns <= _KEPT:
+            return _divided(split, columns, tuning, alone)
+    return None
 
 
-def _microseconds(weights: tuple[int, int], eights: int, split: int) -> float:
-    """What a product with so many blocks to a group is estimated to take: the weights from memory,
-    or from the L2 cache with what every block reads of x; and the time in which the last block of a
-    group adds the others' sums."""
-    features, k = weights
-    read, x = 2 * features * k, _PROCESSORS * 16 * eights * k // split
-    sums = 0.0
-    if split > 1:
-        parts = split * (features * split / _PROCESSORS) * 8 * eights * 4
-        sums = _MEETING + parts / _PROCESSOR
-    return max(read / _MEMORY, (read + x) / _L2_CACHE) + sums
+def _divided(split: int, columns: int, tuning: RowsTuning, alone: bool) -> RowsPlan | None:
+    """The plan for blocks that multiply so many columns."""
+    # The sums; before there are any, the weights of the norm.
+    area = max(_SUMS_BYTES, 2 * columns)
+    piece = min(tuning.piece, 2 * columns)
+    pitch = -(-piece // 128) * 128 + 64
+    used = tuning.stages * _TILE * pitch + area
+    most = (ALONE_BYTES if alone else SHARED_BYTES) - OVERHEAD_BYTES
+    return RowsPlan(split, piece, most if alone else used) if used <= most else None
+
+
+def rows_scratch_floats(features: int, split: int) -> int:
+    """Elements of `partial` for weights of so many rows: sums and squares of 8 rows of x."""
+    return split * (features + 1) * 8 if split > 1 else 1
 
 
 def rows_gemm(
@@ -152,21 +94,22 @@ def rows_gemm(
     x: Operand,
     weight: Operand,
     scratch: StreamScratch,
-    plan: RowsPlan,
+    tuning: RowsTuning,
     *,
     bias: Operand | None = None,
     residual: Operand | None = None,
     norm_weight: Operand | None = None,
     eps: float = 0.0,
     activation: str | None = None,
+    alone: bool = False,
 ) -> Launch:
-    """out = x weightᵀ + bias for at most as many rows as the plan is for; the options are those of
-    `stream.stream_gemm`. A norm is of bfloat16 alone: x times its weights, before it is divided,
-    may be too much for float16."""
+    """out = x weightᵀ + bias for at most 8 rows; the options are those of `stream.stream_gemm`. A
+    norm is of bfloat16 alone: x times its weights, not yet divided, may be too much for float16."""
     dtype = same_dtype(out, x, weight, bias, residual, norm_weight)
     features, k = weight.shape
     assert isinstance(features, int) and isinstance(k, int)
-    require(k == plan.split * plan.phases * plan.columns, "rows_gemm: another product's plan")
+    plan = rows_plan(dtype, k, tuning, alone=alone)
+    assert plan is not None, f"rows_plan takes no products over {k} {dtype}"
     require(x.features == k and x.contiguous, "rows_gemm: x is [rows, k], contiguous")
     require(x.offset % 8 == 0, "rows_gemm: x is aligned to 16 bytes")
     require(norm_weight is None or norm_weight.features == k, "rows_gemm: a norm of all of x")
@@ -181,9 +124,8 @@ def rows_gemm(
         extent(x.shape[0]), features, out.row_stride, Float(eps),
     )  # fmt: skip
     spec = specialised(
-        "rows_gemm.cu", "rows_gemm", dtype, K=k, EIGHTS=plan.eights, SPLIT=plan.split,
-        PHASES=plan.phases, COLUMNS=plan.columns, PIECE=plan.piece, STAGES=plan.stages,
-        TEAM=plan.team, TILE_ROWS=plan.tile, BUFFERS=plan.buffers, **fused,
+        "rows_gemm.cu", "rows_gemm", dtype,
+        K=k, SPLIT=plan.split, PIECE=plan.piece, STAGES=tuning.stages, **fused,
     )  # fmt: skip
     grid = (Size("processors"), 1, 1)
     return Launch(spec, arguments, grid, _WARPS * 32, plan.shared_bytes)

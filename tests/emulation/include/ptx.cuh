@@ -4,20 +4,6 @@
 DEVICE void let_next_start() {}
 DEVICE void wait_for_previous() { emulation::wait_for_previous(); }
 
-DEVICE void meet_some(int number, int threads) {
-    static struct {
-        int arrived;
-        unsigned phase;
-    } meetings[16];
-    auto& own = meetings[number];
-    const unsigned phase = own.phase;
-    if (++own.arrived == threads) own.arrived = 0, own.phase++;
-    for (int tries = 0; own.phase == phase; tries++) {
-        if (tries == 1 << 20) emulation::fail("waits for threads that do not come");
-        emulation::poll();
-    }
-}
-
 #if defined(MMA_TYPE)
 // Lane (g = lane / 4, t = lane % 4) has of a the rows g and g + 8, of b the column g; elements 2t and
 // 2t + 1 of the first 8 of k, then of the last 8; of d rows g and g + 8, columns 2t and 2t + 1.

@@ -12,7 +12,7 @@ from llmforge.kernels import launch as kernels
 from llmforge.kernels.attention import Cache, SplitScratch
 from llmforge.kernels.gemv import gemv, gemv_plan
 from llmforge.kernels.launch import Launch, Operand
-from llmforge.kernels.rows import RowsPlan, rows_gemm, rows_plan
+from llmforge.kernels.rows import rows_gemm, rows_plan, rows_scratch_floats
 from llmforge.model.graph import Node
 
 _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
@@ -24,10 +24,9 @@ def kernel_of(low: Lowering, node: Node) -> ProductKernel:
     dtype, k = weight.dtype, weight.features
     if wanted == "gemv" and gemv_plan(dtype, k, low.choice.gemv) is None:
         wanted = "stream_gemm"
-    if wanted == "rows_gemm" and _rows_plan(low, weight) is None:
+    if wanted == "rows_gemm" and rows_plan(dtype, k, low.choice.rows) is None:
         wanted = "stream_gemm"
-    few = low.shape.tokens <= stream.STREAM_ROWS
-    if wanted == "stream_gemm" and not (few and stream.stream_plan(dtype, k)):
+    if wanted == "stream_gemm" and stream.stream_plan(dtype, k) is None:
         wanted = "torch"
     return wanted
 
@@ -44,16 +43,18 @@ def _norms(low: Lowering, node: Node) -> bool:
     kernel, weight = kernel_of(low, node), low.operand(node.inputs[1])
     if kernel == "rows_gemm":
         return weight.dtype == "bfloat16"
+    return kernel == "gemv" or (kernel != "torch" and _split(low, kernel, weight) == 1)
+
+
+def _split(low: Lowering, kernel: ProductKernel, weight: Operand) -> int:
+    """How many blocks share each row of weights, in a kernel that takes these."""
+    if kernel == "rows_gemm":
+        rows = rows_plan(weight.dtype, weight.features, low.choice.rows)
+        assert rows is not None
+        return rows.split
     plan = stream.stream_plan(weight.dtype, weight.features)
-    whole_rows = plan is not None and plan.split == 1
-    return kernel == "gemv" or (kernel == "stream_gemm" and whole_rows)
-
-
-def _rows_plan(low: Lowering, weight: Operand, *, alone: bool = False) -> RowsPlan | None:
-    """How rows_gemm.cu divides a product of this program."""
-    features, k = weight.shape
-    assert isinstance(features, int) and isinstance(k, int)
-    return rows_plan(weight.dtype, (features, k), low.shape.tokens, low.choice.rows, alone=alone)
+    assert plan is not None
+    return plan.split
 
 
 def product(
@@ -76,42 +77,35 @@ def product(
         return
     norm = low.deferred.get(x_name)
     x = norm.x if norm else low.operand(x_name)
-    alone = low.streamed % 2 == 1
-    call = _launch_of(low, kernel, out, x, weight, alone)(
+    call = _launch_of(low, kernel, out, x, weight)(
         bias=bias,
         residual=residual,
         norm_weight=norm.weight if norm else None,
         eps=norm.eps if norm else 0.0,
         activation=activation,
+        alone=low.streamed % 2 == 1,
     )
     low.streamed += 1
     low.emit(call, *computed)
 
 
 def _launch_of(
-    low: Lowering, kernel: ProductKernel, out: Operand, x: Operand, weight: Operand, alone: bool
+    low: Lowering, kernel: ProductKernel, out: Operand, x: Operand, weight: Operand
 ) -> Callable[..., Launch]:
     """The launch of one of our kernels, but for what is fused into it."""
-    features = weight.shape[0]
-    assert isinstance(features, int)
     if kernel == "gemv":
-        return partial(gemv, out, x, weight, low.choice.gemv, alone=alone)
+        return partial(gemv, out, x, weight, low.choice.gemv)
+    features, split = weight.shape[0], _split(low, kernel, weight)
+    assert isinstance(features, int)
     if kernel == "rows_gemm":
-        plan = _rows_plan(low, weight, alone=alone)
-        assert plan is not None
-        scratch = _scratch(plan.scratch_floats(features))
-        return partial(rows_gemm, out, x, weight, scratch, plan)
-    streamed = stream.stream_plan(weight.dtype, weight.features)
-    assert streamed is not None
-    shared = streamed.split > 1
-    floats = stream.stream_scratch_floats(features, streamed.split) if shared else 1
-    return partial(stream.stream_gemm, out, x, weight, _scratch(floats), alone=alone)
-
-
-def _scratch(floats: int) -> stream.StreamScratch:
-    """Room for a product's sums."""
+        floats = rows_scratch_floats(features, split)
+    else:
+        floats = stream.stream_scratch_floats(features, split) if split > 1 else 1
     sums = Operand(SUMS, (floats,), "float32", floats)
-    return stream.StreamScratch(sums, Operand("scratch.arrived", (1,), "int32", 1))
+    scratch = stream.StreamScratch(sums, Operand("scratch.arrived", (1,), "int32", 1))
+    if kernel == "rows_gemm":
+        return partial(rows_gemm, out, x, weight, scratch, low.choice.rows)
+    return partial(stream.stream_gemm, out, x, weight, scratch)
 
 
 def norm(low: Lowering, name: str, x: Operand, weight: Operand, eps: float) -> None:

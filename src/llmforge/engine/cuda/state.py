@@ -16,12 +16,13 @@ from llmforge.engine.cuda.program import (
 )
 from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits
+from llmforge.kernels import stream
 from llmforge.kernels.attention import Cache
 from llmforge.kernels.decode_attention import DEFAULT_TUNING as DEFAULT_DECODE_TUNING
 from llmforge.kernels.decode_attention import DecodeTuning
 from llmforge.kernels.gemv import DEFAULT_TUNING, GemvTuning
 from llmforge.kernels.launch import Dim, Operand
-from llmforge.kernels.rows import DEFAULT_ROWS, MOST_ROWS, RowsTuning
+from llmforge.kernels.rows import DEFAULT_ROWS, RowsTuning
 from llmforge.model.graph import Graph, Node
 
 # Blocks a sequence's keys are divided among at most: enough to fill a large GPU from one sequence.
@@ -35,9 +36,9 @@ AttentionKernel = Literal["separate", "fused"]
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What computes the products of decode steps of one token, and of 2 to 32 (None: what was
+    """What computes the products of decode steps of one token, and of 2 to 8 (None: what was
     fastest at the model's width), where the GPU has bulk copies: gemv.cu and rows_gemm.cu leave the
-    shapes that they do not take to stream_gemm.cu, and that, which takes 8 tokens, to torch. And what follows the product
+    shapes that they do not take to stream_gemm.cu, and that to torch. And what follows the product
     of q, k and v in decode steps: qkv.cu and the kernels of attention ("separate"), or
     decode_attention.cu ("fused"), which leaves what it does not take to those."""
 
@@ -131,7 +132,7 @@ class Lowering:
     def product_kernel(self) -> ProductKernel:
         """What is to compute the products of this program, where it takes their shapes."""
         tokens = self.shape.tokens
-        if not self.shape.decode or not self.shape.bulk_copies or tokens > MOST_ROWS:
+        if not self.shape.decode or not self.shape.bulk_copies or tokens > stream.STREAM_ROWS:
             return "torch"
         if tokens == 1:
             return self.choice.one_row

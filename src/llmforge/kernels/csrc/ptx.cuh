@@ -19,14 +19,6 @@ DEVICE void wait_for_previous() {
 #endif
 }
 
-// -- between warps --------------------------------------------------------------------------------
-
-// __syncthreads for so many threads of a block, whole warps, which all give the same number from 1 to
-// 15.
-DEVICE void meet_some(int number, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
 // -- the tensor cores -----------------------------------------------------------------------------
 
 #if defined(MMA_TYPE)
