@@ -105,8 +105,8 @@ def test_the_scratch_is_as_large_as_the_product_that_needs_most_of_it() -> None:
         for call in (i.call for i in program.instructions)
         if isinstance(call, Launch) and call.kernel.entry == "rows_gemm"
     ]
-    # 4 blocks share the rows of the last product of the layer: each has 8 rows of x for the features
-    # and for the squares, float32.
+    # 4 blocks share the rows of the last product of the layer: features and squares of 8 rows of x
+    # for each, float32.
     assert sums == [1, 1, 1, 4 * 4097 * 8, 1]
 
 

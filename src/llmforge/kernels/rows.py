@@ -30,7 +30,7 @@ _MAX_SPLIT = 8
 # Of x, that the lanes of a block keep in half of their registers, where two blocks share those of a
 # multiprocessor.
 _KEPT = 4096
-_SUMS_BYTES = 2 * _WARPS * _TILE * 8 * 4  # of two tiles, that the warps hand over
+_SUMS_BYTES = _WARPS * _TILE * 8 * 4  # of a tile, that the warps hand over
 
 
 @dataclass(frozen=True)

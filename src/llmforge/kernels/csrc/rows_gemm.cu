@@ -160,7 +160,8 @@ DEVICE void multiply(Ring& ring, uint4 (&x)[PACKS], bool first, const T* norm_we
             products.add(*(const uint4*)(own + s * 64), x[p * (PIECE / 512) + s]);
         ring.next();
     }
-    // (Behind the barrier of the last piece: where the sums go, the norm's weights have been.)
+    // Behind the barrier of the last piece nobody reads the sums of the tile before any more, nor the
+    // norm's weights, which were in their place.
     *(float2*)(sums + warp * SUMS + g * 8 + 2 * t) = products.pair();
     if (NORM && first && t == g / 2) {
         const float2 pair = of_squares.pair();
@@ -264,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
           const T* norm_weight, float* partial, int* counters, int rows, int features,
           int out_stride, float eps) {
-    extern __shared__ __align__(128) char shared[];  // the ring, then two tiles' sums of all warps
+    extern __shared__ __align__(128) char shared[];  // the ring, then the warps' sums of a tile
     __shared__ u64 barriers[STAGES];
     __shared__ float squares[WARPS * 8];
     let_next_start();
@@ -279,11 +280,11 @@ rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
     Ring ring{shared, barriers, (const char*)(weight + begin), share, units, evict_first()};
     ring.fill_all();
     // Before there are sums, the norm's weights are there, fetched while there is time.
-    float* const areas = (float*)(shared + STAGES * SLOT);
+    float* const sums = (float*)(shared + STAGES * SLOT);
 #if NORM
 #pragma unroll
     for (int i = threadIdx.x; i < COLUMNS / 8; i += THREADS)
-        ((uint4*)areas)[i] = __ldg((const uint4*)(norm_weight + begin) + i);
+        ((uint4*)sums)[i] = __ldg((const uint4*)(norm_weight + begin) + i);
     __syncthreads();
 #endif
     wait_for_previous();
@@ -298,9 +299,7 @@ rows_gemm(T* out, const T* x, const T* weight, const T* bias, const T* residual,
         const bool stores = row < rows && within < share.count(round);
         Output::Terms terms;
         if (SPLIT == 1 && stores) terms = output.terms(row, feature);  // long before it is used
-        // (The sums of the tile before may still be read.)
-        float* const sums = areas + round % 2 * WARPS * SUMS;
-        multiply(ring, kept, round == 0, (const T*)areas, sums, squares);
+        multiply(ring, kept, round == 0, (const T*)sums, sums, squares);
         if (!stores) continue;
         if (NORM && SPLIT == 1 && round == 0)
             scale = rsqrtf(sum_of_warps(squares + row, 8) / K + eps);
