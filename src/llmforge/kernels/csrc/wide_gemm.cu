@@ -114,11 +114,11 @@ DEVICE void release(u64* empty) {
 DEVICE void multiply(float (&sums)[COLUMNS / 2], Ring& ring) {
     const u32 rows = threadIdx.x / 128 * (64 * 128);
     int before = -1;  // the slot whose products are still under way
-    products_begin();
     for (int c = 0; c < CHUNKS; c++) {
         barrier_wait(ring.full + ring.slot, ring.parity);
         const u64 a = factor(shared_address(ring.x()) + rows);
         const u64 b = factor(shared_address(ring.weights()));
+        products_begin();
 #pragma unroll
         for (int k = 0; k < 4; k++)  // 16 elements, 32 bytes, at a time
             begin_product(sums, a + 2 * k, b + 2 * k, c + k > 0);
@@ -198,21 +198,22 @@ struct Output {
         for (int j = 0; j < OUTPUTS / 8; j++) {
             const int feature = first + 8 * j;
             if (feature >= features) return;
-            float2 bias_of = {0, 0}, up_bias = {0, 0};
 #if BIAS
-            bias_of = {to_float(bias[feature]), to_float(bias[feature + 1])};
-            if (GATED)
-                up_bias = {to_float(bias[features + feature]), to_float(bias[features + feature + 1])};
+            const float2 biases = {to_float(bias[feature]), to_float(bias[feature + 1])};
+            const T* const of_up = bias + features + feature;
+            const float2 up_biases = {to_float(of_up[0]), to_float(of_up[1])};
+#else
+            const float2 biases = {0, 0}, up_biases = {0, 0};
 #endif
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 if (row + 8 * h >= rows) continue;
-                float low = sums[4 * j + 2 * h] + bias_of.x;
-                float high = sums[4 * j + 2 * h + 1] + bias_of.y;
+                float low = sums[4 * j + 2 * h] + biases.x;
+                float high = sums[4 * j + 2 * h + 1] + biases.y;
 #if GATED
                 const int up = 4 * (j + OUTPUTS / 8) + 2 * h;
-                low = rounded(activation(rounded(low))) * rounded(sums[up] + up_bias.x);
-                high = rounded(activation(rounded(high))) * rounded(sums[up + 1] + up_bias.y);
+                low = rounded(activation(rounded(low))) * rounded(sums[up] + up_biases.x);
+                high = rounded(activation(rounded(high))) * rounded(sums[up + 1] + up_biases.y);
 #endif
 #if RESIDUAL
                 low = rounded(low) + low_half(residuals[j][h]);
