@@ -96,6 +96,13 @@ def test_blocks_share_k(split: int) -> None:
         check(40, 50, 64 * 24, WidePlan(64, 32, split, blocks=2), "float16", seed=seed)
 
 
+@pytest.mark.parametrize("run", [2, 4])
+def test_runs(run: int) -> None:
+    check(64, 72, 64 * 24, WidePlan(64, 48, 2, run=run), residual=True)
+    check(100, 40, 64 * 12, WidePlan(128, 32, run=run, blocks=2), bias=True, activation="silu")
+    check(37, 600, 64 * 12, WidePlan(64, 256 // run, run=run), activation="gelu_tanh")
+
+
 @pytest.mark.parametrize("columns", [16, 80, 256])
 def test_tiles(columns: int) -> None:
     check(64, 3 * columns, 1280, WidePlan(64, columns))

@@ -23,12 +23,13 @@ _MAX_STAGES = 8
 
 @dataclass(frozen=True)
 class WidePlan:
-    """How wide_gemm.cu divides a product: ROWS, COLUMNS, SPLIT and CLUSTER there."""
+    """How wide_gemm.cu divides a product: ROWS, COLUMNS, SPLIT, CLUSTER and RUN there."""
 
     rows: int
     columns: int
     split: int = 1
     cluster: int = 1
+    run: int = 1
     blocks: int = 132  # at most: one a multiprocessor
 
     @property
@@ -37,7 +38,7 @@ class WidePlan:
 
     @property
     def slot_bytes(self) -> int:
-        return (self.rows + self.columns) * 128
+        return (self.rows + self.columns) * self.run * 128
 
     def tiles(self, features: int) -> int:
         """With those that fill up a cluster."""
@@ -68,7 +69,8 @@ def wide_gemm(
     features, k = weight.shape
     assert isinstance(features, int) and isinstance(k, int)
     require(dtype != "float32", "wide_gemm: 16 bits an element")
-    require(k % (64 * plan.split) == 0, "wide_gemm: whole 64 columns in every part")
+    require(k % (64 * plan.run * plan.split) == 0, "wide_gemm: whole 64 columns in every part")
+    require(plan.stages > 1, "wide_gemm: slots for two chunks")
     require(x.features == k and x.contiguous, "wide_gemm: x is [rows, k], contiguous")
     require(x.offset % 8 == 0, "wide_gemm: x is aligned to 16 bytes")
     pairs = (out.features, out.row_stride, out.offset)
@@ -80,7 +82,8 @@ def wide_gemm(
         activation=activation,
     )  # fmt: skip
     halves = 2 if activation else 1
-    weights = TensorMap(weight, halves, (1, halves, plan.columns // halves, 64))
+    whole = (1, halves, plan.columns // halves, 64)
+    weights = TensorMap(weight, halves, whole if plan.run == 1 else (plan.run, 1, 8, 64))
     rows = TensorMap(x, 1, (1, 1, plan.rows // plan.cluster, 64), most_rows)
     blocks = min(plan.tiles(features) * plan.split, plan.blocks // plan.cluster * plan.cluster)
     arguments = (
@@ -89,7 +92,7 @@ def wide_gemm(
     )  # fmt: skip
     spec = specialised(
         "wide_gemm.cu", "wide_gemm", dtype, K=k, ROWS=plan.rows, COLUMNS=plan.columns,
-        SPLIT=plan.split, STAGES=plan.stages, CLUSTER=plan.cluster, **fused,
+        SPLIT=plan.split, RUN=plan.run, STAGES=plan.stages, CLUSTER=plan.cluster, **fused,
     )  # fmt: skip
     shared = plan.stages * plan.slot_bytes + 1024
     threads = plan.rows // _ROWS_PER_GROUP * 128 + 32

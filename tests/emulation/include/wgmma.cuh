@@ -2,8 +2,8 @@
 // is made at once or when it is waited for, as is drawn, as copies are.
 #pragma once
 
-DEVICE u64 factor(u32 address) {
-    return (address & 0x3ffff) >> 4 | 1ull << 16 | 1024ull >> 4 << 32 | 1ull << 62;
+DEVICE u64 factor(u32 address, u64 stride) {
+    return (address & 0x3ffff) >> 4 | 1ull << 16 | stride >> 4 << 32 | 1ull << 62;
 }
 
 namespace emulated {

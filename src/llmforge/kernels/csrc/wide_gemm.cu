@@ -1,11 +1,11 @@
 // out = x weightᵀ for up to ROWS rows of x, on the tensor cores of compute capability 9.0, for so few
 // rows that reading the weights is what takes time. A block computes tiles of COLUMNS output features
-// of all rows, or of a part of K one tile: a warp has the copy engine bring 64 elements of each of the
+// of all rows, over K or a part of it: a warp has the copy engine bring 64 RUN elements of each of the
 // tile's rows of weights, and of x, into the slots of a ring in shared memory, and a warpgroup for each
 // 64 rows of x multiplies them. The copies of weights run ahead over tiles and begin while the kernel
 // before still runs.
 //   K: elements of a row. ROWS: a multiple of 64. COLUMNS: a multiple of 16. SPLIT: parts of K, of
-//   whole 64 elements each, which the blocks divide like tiles; of the warps that have the sums of the
+//   whole 64 RUN elements each, which the blocks divide like tiles; of the warps that have the sums of the
 //   same rows and features, the last to finish adds, always in the same order. STAGES: slots. CLUSTER:
 //   blocks that compute neighbouring tiles at the same time: each fetches its share of x for all.
 //   BIAS. RESIDUAL: added to the rounded product. GATED: the weights are those of gate | up, a tile has
@@ -20,9 +20,9 @@
 
 #define WARPS (ROWS / 16)  // that multiply; one more copies
 #define THREADS (WARPS * 32 + 32)
-#define CHUNKS (K / SPLIT / 64)
-#define WEIGHT_BYTES (COLUMNS * 128)
-#define SLOT (WEIGHT_BYTES + ROWS * 128)
+#define CHUNKS (K / SPLIT / (64 * RUN))
+#define WEIGHT_BYTES (RUN * COLUMNS * 128)
+#define SLOT (WEIGHT_BYTES + RUN * ROWS * 128)
 #define SHARE (ROWS / CLUSTER)  // rows of x that a block fetches
 #define BLOCKS (COLUMNS / 8)    // of 8 features, of which a lane has 2 of 2 rows: four sums
 #define OUTPUTS (GATED ? COLUMNS / 2 : COLUMNS)  // features of a tile that are stored
@@ -65,34 +65,51 @@ struct Copies {
     Work work;
     int chunk = 0;  // of the part
 
+    // In a slot, 8 rows of weights lie together, of each 64 elements after the other.
     DEVICE void weights(const TensorMap* map, u64 policy) const {
-        barrier_expect(ring.full + ring.slot, SLOT);
-        copy_box(ring.weights(), map, 0, work.tile() * OUTPUTS, 0, column(), ring.full + ring.slot,
-                 policy);
-    }
-    DEVICE void x(const TensorMap* map) const {
-        const int first = blockIdx.x % CLUSTER * SHARE;
-#if CLUSTER > 1
-        copy_box_to_all(ring.x() + first * 128, map, 0, first, 0, column(), ring.full + ring.slot);
+        const int lane = threadIdx.x % 32;
+        if (lane == 0) barrier_expect(ring.full + ring.slot, SLOT);
+        __syncwarp();
+        char* const to = ring.weights();
+#if RUN == 1
+        if (lane == 0)
+            copy_box(to, map, 0, work.tile() * OUTPUTS, 0, column(), ring.full + ring.slot, policy);
 #else
-        copy_box(ring.x() + first * 128, map, 0, first, 0, column(), ring.full + ring.slot);
+        for (int i = lane; i < BLOCKS; i += 32) {
+            const int half = i / (OUTPUTS / 8), row = work.tile() * OUTPUTS + i % (OUTPUTS / 8) * 8;
+            copy_box(to + i * RUN * 1024, map, 0, row, half, column(), ring.full + ring.slot, policy);
+        }
 #endif
     }
-    DEVICE int column() const { return work.part() * CHUNKS + chunk; }
+    // Of x all rows' 64 elements lie together.
+    DEVICE void x(const TensorMap* map) const {
+        const int lane = threadIdx.x % 32, first = blockIdx.x % CLUSTER * SHARE;
+        char* const to = ring.x() + (lane * ROWS + first) * 128;
+        if (lane >= RUN) return;
+#if CLUSTER > 1
+        copy_box_to_all(to, map, 0, first, 0, column() + lane, ring.full + ring.slot);
+#else
+        copy_box(to, map, 0, first, 0, column() + lane, ring.full + ring.slot);
+#endif
+    }
+    DEVICE int column() const { return (work.part() * CHUNKS + chunk) * RUN; }
     DEVICE void next() {
         ring.next();
         if (++chunk == CHUNKS) chunk = 0, work.next();
     }
 };
 
-// By one thread: fills the ring, with x from when it is there.
+// By a warp: fills the ring, with x from when it is there.
 DEVICE void copy_all(Copies ahead, const TensorMap* weight, const TensorMap* x) {
     const u64 policy = evict_first();
     Copies behind = ahead;
     int early = 0;
+#pragma unroll 1
     for (; early < STAGES && ahead.work.left(); early++, ahead.next()) ahead.weights(weight, policy);
     wait_for_previous();
+#pragma unroll 1
     for (; early; early--, behind.next()) behind.x(x);
+#pragma unroll 1
     for (; ahead.work.left(); ahead.next()) {
         barrier_wait(ahead.ring.empty + ahead.ring.slot, ahead.ring.parity ^ 1);
         ahead.weights(weight, policy);
@@ -114,14 +131,17 @@ DEVICE void release(u64* empty) {
 DEVICE void multiply(float (&sums)[COLUMNS / 2], Ring& ring) {
     const u32 rows = threadIdx.x / 128 * (64 * 128);
     int before = -1;  // the slot whose products are still under way
+#pragma unroll 1
     for (int c = 0; c < CHUNKS; c++) {
         barrier_wait(ring.full + ring.slot, ring.parity);
-        const u64 a = factor(shared_address(ring.x()) + rows);
-        const u64 b = factor(shared_address(ring.weights()));
+        const u32 x = shared_address(ring.x()) + rows, weights = shared_address(ring.weights());
         products_begin();
 #pragma unroll
-        for (int k = 0; k < 4; k++)  // 16 elements, 32 bytes, at a time
-            begin_product(sums, a + 2 * k, b + 2 * k, c + k > 0);
+        for (int i = 0; i < 4 * RUN; i++) {  // 16 elements at a time
+            const u64 a = factor(x + i / 4 * (ROWS * 128) + i % 4 * 32, 1024);
+            const u64 b = factor(weights + i / 4 * 1024 + i % 4 * 32, RUN * 1024);
+            begin_product(sums, a, b, c + i > 0);
+        }
         products_commit();
         products_wait<1>();
         if (before >= 0) release(ring.empty + before);
@@ -249,9 +269,7 @@ wide_gemm(T* out, const __grid_constant__ TensorMap x, const __grid_constant__ T
     cluster_sync();
 #endif
     if (threadIdx.x / 32 == WARPS) {
-        if (threadIdx.x % 32 == 0) copy_all({ring, Work(features)}, &weight, &x);
-        else wait_for_previous();
-        __syncwarp();
+        copy_all({ring, Work(features)}, &weight, &x);
     } else {
         wait_for_previous();
         const Output output{out, bias, residual, rows, GATED ? features / 2 : features, out_stride};
