@@ -1,9 +1,9 @@
-// An emulation of a GPU: what the functions of csrc/wgmma.cuh mean, for clusters of one block. A product
-// is made at once or when it is waited for, as is drawn, as copies are.
+// An emulation of a GPU: what the functions of csrc/wgmma.cuh mean. A product is made at once or
+// when it is waited for, as is drawn, as copies are.
 #pragma once
 
-DEVICE u64 factor(u32 address, u64 stride) {
-    return (address & 0x3ffff) >> 4 | 1ull << 16 | stride >> 4 << 32 | 1ull << 62;
+DEVICE u64 factor(u32 address) {
+    return (address & 0x3ffff) >> 4 | 1ull << 16 | 1024ull >> 4 << 32 | 1ull << 62;
 }
 
 namespace emulated {
@@ -23,7 +23,8 @@ static struct Products {
 // An element of a factor, which lies where its descriptor says: rows of 128 bytes in groups of 8, whose
 // 16-byte units are permuted by the row's address.
 inline float element(u64 factor, int row, int k) {
-    if (factor >> 62 != 1 || factor >> 49 & 7) emulation::fail("a factor that is not swizzled by 128 bytes");
+    if (factor >> 62 != 1 || factor >> 49 & 7)
+        emulation::fail("a factor that is not swizzled by 128 bytes");
     const u32 start = (u32)(factor & 0x3fff) << 4, groups = (u32)(factor >> 32 & 0x3fff) << 4;
     u32 address = start + row / 8 * groups + row % 8 * 128 + k * 2;
     address ^= address >> 3 & 0x70;

@@ -1,16 +1,12 @@
 // What CUDA C++ has no words for, of compute capability 9.0 alone (sm_90a): products of a warpgroup, 4
-// warps that stand together, on factors in shared memory; and clusters of blocks. As ptx.cuh, which
-// see.
-//   COLUMNS: of a product, a multiple of 16, at most 256. CLUSTER: blocks of a cluster.
+// neighbouring warps, on factors in shared memory. As ptx.cuh, which see.
+//   COLUMNS: of a product, a multiple of 16, at most 256.
 #pragma once
 
-// -- the tensor cores -----------------------------------------------------------------------------
-
-// A factor in shared memory: rows of 64 elements, 128 bytes, swizzled as the copy engine does. 8 rows lie
-// together, at a multiple of 1024, and so do the next `stride` bytes on. `address` is that of 16 of
-// the elements of the first row.
-DEVICE u64 factor(u32 address, u64 stride) {
-    const u64 layout = 1;  // swizzled by 128 bytes
+// A factor in shared memory: rows of 64 elements, 128 bytes, swizzled as the copy engine does, 8 rows at
+// each multiple of 1024. `address` is that of 16 of the elements of the first row.
+DEVICE u64 factor(u32 address) {
+    const u64 layout = 1, stride = 1024;  // swizzled by 128 bytes; from 8 rows to the next
     return (address & 0x3ffff) >> 4 | 1ull << 16 | stride >> 4 << 32 | layout << 62;
 }
 
@@ -77,33 +73,4 @@ DEVICE void products_wait() {
 DEVICE void sums_ready(float (&d)[COLUMNS / 2]) {
 #pragma unroll
     for (int i = 0; i < COLUMNS / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-// -- clusters -------------------------------------------------------------------------------------
-
-// All threads of all blocks of the cluster.
-// It orders their barriers (`barriers_ready`), no other memory.
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::
-                     : "memory");
-}
-// Arrives at the barrier that lies where this one does in the block `rank` of the cluster. (Ordering
-// this behind the thread's writes, for the cluster to see, would take 0.4 us.)
-DEVICE void barrier_arrive_at(u64* barrier, u32 rank) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
-            shared_address(barrier)),
-        "r"(rank)
-        : "memory");
-}
-// As `copy_box`, to the same place of every block of the cluster.
-DEVICE void copy_box_to_all(void* target, const TensorMap* map, int c0, int c1, int c2, int c3,
-                            u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(shared_address(target)),
-        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier)),
-        "h"((unsigned short)((1 << CLUSTER) - 1))
-        : "memory");
 }

@@ -1,50 +1,46 @@
 // out = x weightᵀ for up to ROWS rows of x, on the tensor cores of compute capability 9.0, for so few
 // rows that reading the weights is what takes time. A block computes tiles of COLUMNS output features
-// of all rows, over K or a part of it: a warp has the copy engine bring 64 RUN elements of each of the
-// tile's rows of weights, and of x, into the slots of a ring in shared memory, and a warpgroup for each
-// 64 rows of x multiplies them. The copies of weights run ahead over tiles and begin while the kernel
-// before still runs.
-//   K: elements of a row. ROWS: a multiple of 64. COLUMNS: a multiple of 16. SPLIT: parts of K, of
-//   whole 64 RUN elements each, which the blocks divide like tiles; of the warps that have the sums of the
-//   same rows and features, the last to finish adds, always in the same order. STAGES: slots. CLUSTER:
-//   blocks that compute neighbouring tiles at the same time: each fetches its share of x for all.
+// of all rows, over K or a part of it. A warp has the copy engine bring 64 elements of each of the
+// tile's rows of weights, another 64 of each row of x, into rings in shared memory, and a warpgroup for
+// each 64 rows of x multiplies them. The copies of weights run ahead over tiles and begin while the
+// kernel before still runs.
+//   K: elements of a row. ROWS: a multiple of 64. COLUMNS: a multiple of 16, GATED of 32. SPLIT: parts
+//   of K, of whole 64 elements each, which the blocks divide like tiles; of the warps that have the
+//   sums of the same rows and features, the last to finish adds, always in the same order. PARTS:
+//   nobody adds, and `partial` is the output. STAGES, X_STAGES: slots for weights and for x.
 //   BIAS. RESIDUAL: added to the rounded product. GATED: the weights are those of gate | up, a tile has
 //   COLUMNS / 2 rows of each, out = activation(gate) up.
 // x [rows, K] and weight [features, K] are maps, see launch.py. out and residual have row stride
-// out_stride. partial: [tiles, SPLIT, ROWS, COLUMNS] float32; counters: an int for each warp and tile,
-// zero before and after. Grid: a multiple of CLUSTER; not more than SPLIT * (tiles to a multiple of
-// CLUSTER).
+// out_stride; output features are a multiple of 4. partial: float32, [tiles, SPLIT, ROWS, COLUMNS] in
+// the lanes' order, or with PARTS [SPLIT, ROWS, features]; counters: an int for each warp and tile,
+// zero before and after. Grid: any number of blocks up to SPLIT * tiles.
 #include "common.cuh"
 #include "activation.cuh"
 #include "wgmma.cuh"
 
-#define WARPS (ROWS / 16)  // that multiply; one more copies
-#define THREADS (WARPS * 32 + 32)
-#define CHUNKS (K / SPLIT / (64 * RUN))
-#define WEIGHT_BYTES (RUN * COLUMNS * 128)
-#define SLOT (WEIGHT_BYTES + RUN * ROWS * 128)
-#define SHARE (ROWS / CLUSTER)  // rows of x that a block fetches
-#define BLOCKS (COLUMNS / 8)    // of 8 features, of which a lane has 2 of 2 rows: four sums
+#define WARPS (ROWS / 16)  // that multiply; two more copy
+#define THREADS (WARPS * 32 + 64)
+#define CHUNKS (K / SPLIT / 64)
+#define BLOCKS (COLUMNS / 8)  // of 8 features, of which a lane has 2 of 2 rows: four sums
 #define OUTPUTS (GATED ? COLUMNS / 2 : COLUMNS)  // features of a tile that are stored
 
-// What a block computes: for each of its rounds a tile and a part of K.
+// What a block computes: in each of its rounds a tile and a part of K.
 struct Work {
-    int items;  // of the cluster: tiles side by side, and a part
-    int item;
+    int items, item;
 
     DEVICE Work(int features) {
-        const int tiles = (features + COLUMNS - 1) / COLUMNS;
-        items = (tiles + CLUSTER - 1) / CLUSTER * SPLIT;
-        item = blockIdx.x / CLUSTER;
+        items = (features + COLUMNS - 1) / COLUMNS * SPLIT;
+        item = blockIdx.x;
     }
     DEVICE bool left() const { return item < items; }
-    DEVICE void next() { item += gridDim.x / CLUSTER; }
-    DEVICE int tile() const { return item / SPLIT * CLUSTER + blockIdx.x % CLUSTER; }
+    DEVICE void next() { item += gridDim.x; }
+    DEVICE int tile() const { return item / SPLIT; }
     DEVICE int part() const { return item % SPLIT; }
 };
 
-// Slots in the order in which they are filled and used. `full` ends a phase when all bytes have come,
-// `empty` when all warps of all blocks of the cluster have read what was there.
+// Slots of WIDTH rows of 128 bytes, in the order in which they are filled and used. `full` ends a phase
+// when all bytes have come, `empty` when all warps have read them.
+template <int COUNT, int WIDTH>
 struct Ring {
     char* slots;
     u64* full;
@@ -52,108 +48,93 @@ struct Ring {
     int slot = 0;
     u32 parity = 0;
 
-    DEVICE char* weights() const { return slots + slot * SLOT; }
-    DEVICE char* x() const { return weights() + WEIGHT_BYTES; }
+    DEVICE void init() const {
+        if (threadIdx.x >= COUNT) return;
+        barrier_init(full + threadIdx.x);
+        barrier_init(empty + threadIdx.x, WARPS);
+    }
+    DEVICE char* place() const { return slots + slot * (WIDTH * 128); }
+    DEVICE void copy(const TensorMap* map, int row, int column, u64 policy) {
+        barrier_wait(empty + slot, parity ^ 1);  // at first they are
+        barrier_expect(full + slot, WIDTH * 128);
+        copy_box(place(), map, 0, row, 0, column, full + slot, policy);
+        next();
+    }
+    DEVICE void wait() const { barrier_wait(full + slot, parity); }
     DEVICE void next() {
-        if (++slot == STAGES) slot = 0, parity ^= 1;
+        if (++slot == COUNT) slot = 0, parity ^= 1;
     }
 };
+typedef Ring<STAGES, COLUMNS> WeightRing;
+typedef Ring<X_STAGES, ROWS> XRing;
 
-// What is to be copied next, and where to.
-struct Copies {
-    Ring ring;
-    Work work;
-    int chunk = 0;  // of the part
-
-    // In a slot, 8 rows of weights lie together, of each 64 elements after the other.
-    DEVICE void weights(const TensorMap* map, u64 policy) const {
-        const int lane = threadIdx.x % 32;
-        if (lane == 0) barrier_expect(ring.full + ring.slot, SLOT);
-        __syncwarp();
-        char* const to = ring.weights();
-#if RUN == 1
-        if (lane == 0)
-            copy_box(to, map, 0, work.tile() * OUTPUTS, 0, column(), ring.full + ring.slot, policy);
-#else
-        for (int i = lane; i < BLOCKS; i += 32) {
-            const int half = i / (OUTPUTS / 8), row = work.tile() * OUTPUTS + i % (OUTPUTS / 8) * 8;
-            copy_box(to + i * RUN * 1024, map, 0, row, half, column(), ring.full + ring.slot, policy);
-        }
-#endif
-    }
-    // Of x all rows' 64 elements lie together.
-    DEVICE void x(const TensorMap* map) const {
-        const int lane = threadIdx.x % 32, first = blockIdx.x % CLUSTER * SHARE;
-        char* const to = ring.x() + (lane * ROWS + first) * 128;
-        if (lane >= RUN) return;
-#if CLUSTER > 1
-        copy_box_to_all(to, map, 0, first, 0, column() + lane, ring.full + ring.slot);
-#else
-        copy_box(to, map, 0, first, 0, column() + lane, ring.full + ring.slot);
-#endif
-    }
-    DEVICE int column() const { return (work.part() * CHUNKS + chunk) * RUN; }
-    DEVICE void next() {
-        ring.next();
-        if (++chunk == CHUNKS) chunk = 0, work.next();
-    }
-};
-
-// By a warp: fills the ring, with x from when it is there.
-DEVICE void copy_all(Copies ahead, const TensorMap* weight, const TensorMap* x) {
+// By one thread.
+DEVICE void copy_weights(WeightRing ring, const TensorMap* map, Work work) {
     const u64 policy = evict_first();
-    Copies behind = ahead;
-    int early = 0;
+    int early = STAGES;
 #pragma unroll 1
-    for (; early < STAGES && ahead.work.left(); early++, ahead.next()) ahead.weights(weight, policy);
+    for (; work.left(); work.next())
+#pragma unroll 1
+        for (int c = 0; c < CHUNKS; c++) {
+            if (early-- == 0) wait_for_previous();  // no slot is read before that
+            ring.copy(map, work.tile() * OUTPUTS, work.part() * CHUNKS + c, policy);
+        }
+    if (early >= 0) wait_for_previous();
+}
+DEVICE void copy_x(XRing ring, const TensorMap* map, Work work) {
+    const u64 policy = evict_normal();
     wait_for_previous();
 #pragma unroll 1
-    for (; early; early--, behind.next()) behind.x(x);
+    for (; work.left(); work.next())
 #pragma unroll 1
-    for (; ahead.work.left(); ahead.next()) {
-        barrier_wait(ahead.ring.empty + ahead.ring.slot, ahead.ring.parity ^ 1);
-        ahead.weights(weight, policy);
-        ahead.x(x);
-    }
-}
-
-// This warp has read a slot.
-DEVICE void release(u64* empty) {
-    const int lane = threadIdx.x % 32;
-#if CLUSTER > 1
-    if (lane < CLUSTER) barrier_arrive_at(empty, lane);
-#else
-    if (lane == 0) barrier_arrive(empty);
-#endif
+        for (int c = 0; c < CHUNKS; c++) ring.copy(map, 0, work.part() * CHUNKS + c, policy);
 }
 
 // A tile's sums of this warpgroup's 64 rows over a part of K.
-DEVICE void multiply(float (&sums)[COLUMNS / 2], Ring& ring) {
+DEVICE void multiply(float (&sums)[COLUMNS / 2], WeightRing& weights, XRing& x) {
     const u32 rows = threadIdx.x / 128 * (64 * 128);
-    int before = -1;  // the slot whose products are still under way
+    const bool releases = threadIdx.x % 32 == 0;
+    u64 *weights_before = nullptr, *x_before = nullptr;  // of slots whose products are under way
 #pragma unroll 1
     for (int c = 0; c < CHUNKS; c++) {
-        barrier_wait(ring.full + ring.slot, ring.parity);
-        const u32 x = shared_address(ring.x()) + rows, weights = shared_address(ring.weights());
+        weights.wait();
+        x.wait();
+        const u64 a = factor(shared_address(x.place()) + rows);
+        const u64 b = factor(shared_address(weights.place()));
         products_begin();
 #pragma unroll
-        for (int i = 0; i < 4 * RUN; i++) {  // 16 elements at a time
-            const u64 a = factor(x + i / 4 * (ROWS * 128) + i % 4 * 32, 1024);
-            const u64 b = factor(weights + i / 4 * 1024 + i % 4 * 32, RUN * 1024);
-            begin_product(sums, a, b, c + i > 0);
-        }
+        for (int k = 0; k < 4; k++)  // 16 elements, 32 bytes, at a time
+            begin_product(sums, a + 2 * k, b + 2 * k, c + k > 0);
         products_commit();
         products_wait<1>();
-        if (before >= 0) release(ring.empty + before);
-        before = ring.slot;
-        ring.next();
+        if (releases && c > 0) barrier_arrive(weights_before), barrier_arrive(x_before);
+        weights_before = weights.empty + weights.slot, x_before = x.empty + x.slot;
+        weights.next();
+        x.next();
     }
     products_wait<0>();
-    release(ring.empty + before);
+    if (releases) barrier_arrive(weights_before), barrier_arrive(x_before);
     sums_ready(sums);
 }
 
-#if SPLIT > 1
+#if PARTS
+// Stores the sums of a part of K.
+DEVICE void store_part(const float (&sums)[COLUMNS / 2], float* partial, int rows, int features,
+                       int tile, int part) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+    float* const of_row = partial + ((size_t)part * ROWS + row) * features;
+#pragma unroll
+    for (int j = 0; j < BLOCKS; j++) {
+        const int feature = tile * COLUMNS + 8 * j + lane % 4 * 2;
+        if (feature >= features) return;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (row + 8 * h < rows)
+                __stcg((float2*)(of_row + 8 * h * features + feature),
+                       make_float2(sums[4 * j + 2 * h], sums[4 * j + 2 * h + 1]));
+    }
+}
+#elif SPLIT > 1
 // Adds the sums of all parts of K, in the last of the warps that have them to come here. Returns
 // whether this is the one.
 DEVICE bool add_parts(float (&sums)[COLUMNS / 2], float* partial, int* counters, int tile,
@@ -194,52 +175,74 @@ DEVICE bool add_parts(float (&sums)[COLUMNS / 2], float* partial, int* counters,
 }
 #endif
 
+// Of two blocks of 8 features a lane has the words low and high, of features 2 (lane % 4) on of each;
+// then of block lane / 2 % 2 those of features 4 (lane % 2) on.
+DEVICE void trade(u32& low, u32& high) {
+    const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
+    const u32 from_far = __shfl_xor_sync(FULL_WARP, upper ? low : high, 2);
+    if (upper) low = from_far;
+    else high = from_far;
+    const u32 from_near = __shfl_xor_sync(FULL_WARP, odd ? low : high, 1);
+    if (odd) low = from_near;
+    else high = from_near;
+}
+DEVICE u32 add_pairs(u32 a, u32 b) {
+    return packed(low_half(a) + low_half(b), high_half(a) + high_half(b));
+}
+
 struct Output {
     T* out;
     const T* bias;
     const T* residual;
     int rows, features, stride;  // of the output
 
-    // Stores the sums of two rows, 8 apart, and of two neighbouring features of each 8 of a tile.
+    // This lane's two features of the 8 from `block` on, of its first row or of that 8 rows later.
+    DEVICE u32 values(const float (&sums)[COLUMNS / 2], int tile, int block, int later) const {
+        const float* own = sums + 4 * block + 2 * later;
+        float2 value = make_float2(own[0], own[1]);
+#if BIAS || GATED
+        const int feature = tile * OUTPUTS + 8 * block + threadIdx.x % 4 * 2;
+#endif
+#if BIAS
+        const bool inside = feature < features;
+        if (inside) value.x += to_float(bias[feature]), value.y += to_float(bias[feature + 1]);
+#endif
+#if GATED
+        float2 up = make_float2(own[OUTPUTS / 2], own[OUTPUTS / 2 + 1]);
+#if BIAS
+        const T* const of_up = bias + features + feature;
+        if (inside) up.x += to_float(of_up[0]), up.y += to_float(of_up[1]);
+#endif
+        value.x = rounded(activation(rounded(value.x))) * rounded(up.x);
+        value.y = rounded(activation(rounded(value.y))) * rounded(up.y);
+#endif
+        return packed(value.x, value.y);
+    }
+    // Stores what a warp has of a tile, 32 bytes of a row together.
     DEVICE void store(const float (&sums)[COLUMNS / 2], int tile) const {
-        const int lane = threadIdx.x % 32;
-        const int row = threadIdx.x / 32 * 16 + lane / 4;
-        const int first = tile * OUTPUTS + lane % 4 * 2;
+        const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+        const int first = tile * OUTPUTS + lane / 2 % 2 * 8 + lane % 2 * 4;
 #if RESIDUAL
-        u32 residuals[BLOCKS][2];  // all asked for before any is used
+        uint2 residuals[BLOCKS / 2][2];  // all asked for before any is used
 #pragma unroll
-        for (int j = 0; j < BLOCKS; j++)
+        for (int j = 0; j < BLOCKS / 2; j++)
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                if (row + 8 * h < rows && first + 8 * j < features)
-                    residuals[j][h] = __ldcg((const u32*)(residual + at(row + 8 * h, first + 8 * j)));
+                if (row + 8 * h < rows && first + 16 * j < features)
+                    residuals[j][h] =
+                        __ldcg((const uint2*)(residual + at(row + 8 * h, first + 16 * j)));
 #endif
 #pragma unroll
-        for (int j = 0; j < OUTPUTS / 8; j++) {
-            const int feature = first + 8 * j;
-            if (feature >= features) return;
-#if BIAS
-            const float2 biases = {to_float(bias[feature]), to_float(bias[feature + 1])};
-            const T* const of_up = bias + features + feature;
-            const float2 up_biases = {to_float(of_up[0]), to_float(of_up[1])};
-#else
-            const float2 biases = {0, 0}, up_biases = {0, 0};
-#endif
+        for (int j = 0; j < OUTPUTS / 16; j++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                if (row + 8 * h >= rows) continue;
-                float low = sums[4 * j + 2 * h] + biases.x;
-                float high = sums[4 * j + 2 * h + 1] + biases.y;
-#if GATED
-                const int up = 4 * (j + OUTPUTS / 8) + 2 * h;
-                low = rounded(activation(rounded(low))) * rounded(sums[up] + up_biases.x);
-                high = rounded(activation(rounded(high))) * rounded(sums[up + 1] + up_biases.y);
-#endif
+                u32 low = values(sums, tile, 2 * j, h), high = values(sums, tile, 2 * j + 1, h);
+                trade(low, high);
+                if (row + 8 * h >= rows || first + 16 * j >= features) continue;
 #if RESIDUAL
-                low = rounded(low) + low_half(residuals[j][h]);
-                high = rounded(high) + high_half(residuals[j][h]);
+                low = add_pairs(low, residuals[j][h].x), high = add_pairs(high, residuals[j][h].y);
 #endif
-                *(u32*)(out + at(row + 8 * h, feature)) = packed(low, high);
+                *(uint2*)(out + at(row + 8 * h, first + 16 * j)) = make_uint2(low, high);
             }
         }
     }
@@ -247,42 +250,44 @@ struct Output {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
-#endif
 wide_gemm(T* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
           const T* bias, const T* residual, float* partial, int* counters, int rows, int features,
           int out_stride) {
     extern __shared__ char unaligned[];
-    __shared__ u64 barriers[2 * STAGES];
+    __shared__ u64 barriers[2 * (STAGES + X_STAGES)];
     let_next_start();
     // The swizzle pattern starts anew every 1024 bytes of shared memory.
     char* const slots = unaligned + (-shared_address(unaligned) & 1023);
-    Ring ring{slots, barriers, barriers + STAGES};
-    if (threadIdx.x < STAGES) {
-        barrier_init(ring.full + threadIdx.x);
-        barrier_init(ring.empty + threadIdx.x, WARPS * CLUSTER);
-    }
+    u64* const of_x = barriers + 2 * STAGES;
+    WeightRing weight_ring{slots, barriers, barriers + STAGES};
+    XRing x_ring{slots + STAGES * COLUMNS * 128, of_x, of_x + X_STAGES};
+    weight_ring.init();
+    x_ring.init();
     barriers_ready();
     __syncthreads();
-#if CLUSTER > 1
-    cluster_sync();
-#endif
-    if (threadIdx.x / 32 == WARPS) {
-        copy_all({ring, Work(features)}, &weight, &x);
+    Work work(features);
+    const int warp = threadIdx.x / 32, copier = threadIdx.x % 32 == 0 ? warp - WARPS : -1;
+    if (copier == 0) {
+        copy_weights(weight_ring, &weight, work);
+    } else if (copier == 1) {
+        copy_x(x_ring, &x, work);
+    } else if (warp >= WARPS) {
+        wait_for_previous();
     } else {
         wait_for_previous();
         const Output output{out, bias, residual, rows, GATED ? features / 2 : features, out_stride};
-        for (Work work(features); work.left(); work.next()) {
+#pragma unroll 1
+        for (; work.left(); work.next()) {
             float sums[COLUMNS / 2];
-            multiply(sums, ring);
+            multiply(sums, weight_ring, x_ring);
+#if PARTS
+            store_part(sums, partial, rows, features, work.tile(), work.part());
+#else
 #if SPLIT > 1
             if (!add_parts(sums, partial, counters, work.tile(), work.part())) continue;
 #endif
             output.store(sums, work.tile());
+#endif
         }
     }
-#if CLUSTER > 1
-    cluster_sync();  // the others arrive at barriers of this block until they have ended
-#endif
 }
