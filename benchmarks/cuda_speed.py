@@ -21,7 +21,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from llmforge.runtime.requests import Request  # noqa: E402
 from llmforge.runtime.session import Session  # noqa: E402
 
 REPEAT = 3
+REPLAYS = 20  # of a graph
 
 
 def _llama(
@@ -166,7 +167,34 @@ def device_step(executable: CudaExecutable, batch: int, kv_len: int) -> float:
     step = decode_step(batch, kv_len, executable.limits.block_size)
     for _ in range(3):
         executable.step(step)
-    return executable.time_decode(step, repeat=30)
+    return executable.time_decode(step, repeat=REPLAYS)
+
+
+def replayed(calls: Sequence[Callable[[int], None]]) -> Callable[[], float]:
+    """A function that gives the seconds of device time that these calls take, as one CUDA graph:
+    the median of some replays."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call(stream.cuda_stream)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call(stream.cuda_stream)
+
+    def seconds() -> float:
+        times = []
+        with torch.cuda.stream(stream):
+            for _ in range(REPLAYS):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                stop.record()
+                stop.synchronize()
+                times.append(start.elapsed_time(stop) / 1e3)
+        return statistics.median(times)
+
+    return seconds
 
 
 def peer_of(

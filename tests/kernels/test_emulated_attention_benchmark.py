@@ -46,6 +46,7 @@ class Launcher:
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", [str(Path("benchmarks").absolute()), *sys.path])
     import cuda_attention
+    import cuda_speed
 
     LOADED.clear()
 
@@ -56,12 +57,13 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     replaced = {
         "torch": Torch(), "MODELS": {"tiny": MODEL}, "LAYERS": 2, "VOCAB": 300, "LIMITS": LIMITS,
-        "BATCHES": (1, 2, 4), "KEYS": (16, 40), "LONGEST": 150, "REPEAT": 2, "LONG": (),
+        "BATCHES": (1, 2, 4), "KEYS": (16, 40), "LONGEST": 150, "LONG": (),
         "CASES": cuda_attention.CASES[:2], "Launcher": Launcher, "load": load,
         "random_weights": lambda graph: {}, "read_bandwidth": lambda: 4e12,
     }  # fmt: skip
     for name, value in replaced.items():
         monkeypatch.setattr(cuda_attention, name, value)
+    monkeypatch.setattr(cuda_speed, "torch", replaced["torch"])
     return cuda_attention
 
 

@@ -78,6 +78,7 @@ class Torch:
             stream=lambda stream: contextlib.nullcontext(),
             graph=lambda graph, stream: contextlib.nullcontext(),
             empty_cache=lambda: None,
+            synchronize=lambda: None,
         )
         self.version = SimpleNamespace(cuda="13.0")
 
@@ -93,6 +94,7 @@ class Torch:
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", [str(Path("benchmarks").absolute()), *sys.path])
     import cuda_products
+    import cuda_speed
     from product_studies import Study
 
     device = Device()
@@ -122,6 +124,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     }  # fmt: skip
     for name, value in replaced.items():
         monkeypatch.setattr(cuda_products, name, value)
+    monkeypatch.setattr(cuda_speed, "torch", replaced["torch"])
     monkeypatch.setattr(CudaExecutable, "time_decode", time_decode)
     monkeypatch.setattr(cuda_products, "kernel_ends", kernel_ends)
     return cuda_products

@@ -51,7 +51,13 @@ class Comparison:
 
 def logit_tolerance(config: ModelConfig, scale: float) -> float:
     """The largest difference that rounding explains between two right computations of logits
-    whose root mean square is `scale`.
+    whose root mean square is `scale`."""
+    return _LARGEST_DEVIATION * logit_deviation(config) * scale
+
+
+def logit_deviation(config: ModelConfig) -> float:
+    """The root mean square of what rounding explains of the differences between two right
+    computations of logits, relative to that of the logits.
 
     Rounding errors are taken as independent, so they add as squares (N. Higham, Accuracy and
     Stability of Numerical Algorithms, section 2.8). Relative to a value of order one, each
@@ -74,7 +80,7 @@ def logit_tolerance(config: ModelConfig, scale: float) -> float:
     dtype_errors = (_ROUNDINGS_PER_LAYER * config.num_layers + 3) * UNIT_ROUNDOFF[config.dtype] ** 2
     sums = (terms_per_layer * config.num_layers + config.hidden_size) / 2
     variance = 2 * (dtype_errors + sums * _ACCUMULATOR_ROUNDOFF**2)
-    return _LARGEST_DEVIATION * math.sqrt(variance) * scale
+    return math.sqrt(variance)
 
 
 def compare_with_transformers(
