@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from cuda_models import LIMITS, MODELS, Driver, RandomWeights, of_dtype
 from emulation.bench import Bench
 from emulation.build import unavailable
+from emulation.executable import emulated, emulated_gpu
+from op_meanings import check_instructions
 from product_meanings import EPS, GUARD, TOLERANCE, meaning, random_operands
 
+from llmforge.engine.cuda.state import KernelChoice
+from llmforge.engine.cuda.target import CudaTarget
+from llmforge.kernels.launch import Launch
 from llmforge.kernels.stream import StreamScratch
 from llmforge.kernels.wide import WidePlan, parts_norm, wide_gemm, wide_plan
+from llmforge.model.decoder import trace
 from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
+from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -143,3 +153,20 @@ def test_plans_of_a_real_model() -> None:
     assert wide_plan("bfloat16", 64, 66, 64) is None
     assert wide_plan("bfloat16", 64, 64, 96) is None
     assert wide_plan("bfloat16", 129, 64, 64) is None
+
+
+@pytest.mark.parametrize(("name", "divided"), [("wide", True), ("wide-biases", False)])
+def test_every_instruction_of_a_step_of_many_tokens(name: str, divided: bool) -> None:
+    config = dataclasses.replace(
+        of_dtype(MODELS[name], "bfloat16"), num_layers=1, sliding_window=(None,)
+    )
+    limits = dataclasses.replace(LIMITS, max_batch_size=40, max_num_tokens=64, num_blocks=400)
+    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+    weights = RandomWeights(config, seed=5)
+    with emulated_gpu():
+        cuda = emulated(graph, weights, limits, choice=KernelChoice(many_rows="wide_gemm"))
+        batch = Driver(limits, config.vocab_size, 3, (1,) * 36).batch([1] * 36)
+        kernels = [i.call.kernel for i in cuda.instructions(batch) if isinstance(i.call, Launch)]
+        assert [kernel.entry for kernel in kernels].count("wide_gemm") == 5
+        assert divided == ("parts_norm" in {kernel.entry for kernel in kernels})
+        check_instructions(cuda, graph, weights, batch, LOCAL, "bfloat16")

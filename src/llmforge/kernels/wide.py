@@ -20,7 +20,7 @@ from llmforge.kernels.launch import (
 from llmforge.kernels.product import fused_defines
 from llmforge.kernels.stream import StreamScratch
 
-WIDE_ROWS = 128  # of x, at most
+MIN_WIDE_ROWS, WIDE_ROWS = 33, 128  # of x
 _GROUP = 64  # rows of x that a warpgroup multiplies
 _SHARED_BYTES = (227 << 10) - 2048  # of a block: its barriers, and to where the slots can begin
 _X_STAGES = 4
