@@ -23,7 +23,6 @@ from llmforge.kernels.stream import StreamScratch
 MIN_WIDE_ROWS, WIDE_ROWS = 33, 128  # of x
 _GROUP = 64  # rows of x that a warpgroup multiplies
 _SHARED_BYTES = (227 << 10) - 2048  # of a block: its barriers, and to where the slots can begin
-_X_STAGES = 4
 _MAX_STAGES = 16
 _MAX_COLUMNS = 256
 _MAX_SPLIT = 8
@@ -46,12 +45,15 @@ class WidePlan:
 
     @property
     def stages(self) -> int:
-        room = _SHARED_BYTES - _X_STAGES * self.rows * 128
-        return min(room // (self.columns * 128), _MAX_STAGES)
+        return min(_SHARED_BYTES // self._slot_bytes, _MAX_STAGES)
 
     @property
     def shared_bytes(self) -> int:
-        return (self.stages * self.columns + _X_STAGES * self.rows) * 128 + 1024
+        return self.stages * self._slot_bytes + 1024
+
+    @property
+    def _slot_bytes(self) -> int:
+        return (self.columns + self.rows) * 128
 
     def tiles(self, features: int) -> int:
         return -(-features // self.columns)
@@ -140,10 +142,10 @@ def wide_gemm(
     )  # fmt: skip
     spec = specialised(
         "wide_gemm.cu", "wide_gemm", dtype, K=k, ROWS=plan.rows, COLUMNS=plan.columns,
-        SPLIT=plan.split, PARTS=int(plan.parts), STAGES=plan.stages, X_STAGES=_X_STAGES, **fused,
+        SPLIT=plan.split, PARTS=int(plan.parts), STAGES=plan.stages, **fused,
     )  # fmt: skip
     blocks = min(plan.tiles(features) * plan.split, plan.blocks)
-    threads = plan.rows // _GROUP * 128 + 64
+    threads = plan.rows // _GROUP * 128 + 32
     return Launch(spec, arguments, (blocks, 1, 1), threads, plan.shared_bytes)
 
 

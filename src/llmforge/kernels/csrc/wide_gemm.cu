@@ -1,13 +1,14 @@
 // out = x weightᵀ for up to ROWS rows of x, on the tensor cores of compute capability 9.0, for so few
 // rows that reading the weights is what takes time. A block computes tiles of COLUMNS output features
 // of all rows, over K or a part of it. A warp has the copy engine bring 64 elements of each of the
-// tile's rows of weights, another 64 of each row of x, into rings in shared memory, and a warpgroup for
-// each 64 rows of x multiplies them. The copies of weights run ahead over tiles and begin while the
-// kernel before still runs.
+// tile's rows of weights, and of x, into the slots of a ring in shared memory, and a warpgroup for each
+// 64 rows of x multiplies them. The copies run ahead over tiles, and those of weights begin while the
+// kernel before still runs. (With a ring for x alone that of the weights would run further ahead; but
+// the engine copies in order, and then x comes late: a tenth slower.)
 //   K: elements of a row. ROWS: a multiple of 64. COLUMNS: a multiple of 16, GATED of 32. SPLIT: parts
 //   of K, of whole 64 elements each, which the blocks divide like tiles; of the warps that have the
 //   sums of the same rows and features, the last to finish adds, always in the same order. PARTS:
-//   nobody adds, and `partial` is the output. STAGES, X_STAGES: slots for weights and for x.
+//   nobody adds, and `partial` is the output. STAGES: slots.
 //   BIAS. RESIDUAL: added to the rounded product. GATED: the weights are those of gate | up, a tile has
 //   COLUMNS / 2 rows of each, out = activation(gate) up.
 // x [rows, K] and weight [features, K] are maps, see launch.py. out and residual have row stride
@@ -18,9 +19,10 @@
 #include "activation.cuh"
 #include "wgmma.cuh"
 
-#define WARPS (ROWS / 16)  // that multiply; two more copy
-#define THREADS (WARPS * 32 + 64)
+#define WARPS (ROWS / 16)  // that multiply; one more copies
+#define THREADS (WARPS * 32 + 32)
 #define CHUNKS (K / SPLIT / 64)
+#define SLOT ((COLUMNS + ROWS) * 128)
 #define BLOCKS (COLUMNS / 8)  // of 8 features, of which a lane has 2 of 2 rows: four sums
 #define OUTPUTS (GATED ? COLUMNS / 2 : COLUMNS)  // features of a tile that are stored
 
@@ -38,9 +40,8 @@ struct Work {
     DEVICE int part() const { return item % SPLIT; }
 };
 
-// Slots of WIDTH rows of 128 bytes, in the order in which they are filled and used. `full` ends a phase
-// when all bytes have come, `empty` when all warps have read them.
-template <int COUNT, int WIDTH>
+// Slots in the order in which they are filled and used. `full` ends a phase when all bytes have come,
+// `empty` when all warps have read them.
 struct Ring {
     char* slots;
     u64* full;
@@ -48,72 +49,74 @@ struct Ring {
     int slot = 0;
     u32 parity = 0;
 
-    DEVICE void init() const {
-        if (threadIdx.x >= COUNT) return;
-        barrier_init(full + threadIdx.x);
-        barrier_init(empty + threadIdx.x, WARPS);
-    }
-    DEVICE char* place() const { return slots + slot * (WIDTH * 128); }
-    DEVICE void copy(const TensorMap* map, int row, int column, u64 policy) {
-        barrier_wait(empty + slot, parity ^ 1);  // at first they are
-        barrier_expect(full + slot, WIDTH * 128);
-        copy_box(place(), map, 0, row, 0, column, full + slot, policy);
-        next();
-    }
-    DEVICE void wait() const { barrier_wait(full + slot, parity); }
+    DEVICE char* weights() const { return slots + slot * SLOT; }
+    DEVICE char* x() const { return weights() + COLUMNS * 128; }
     DEVICE void next() {
-        if (++slot == COUNT) slot = 0, parity ^= 1;
+        if (++slot == STAGES) slot = 0, parity ^= 1;
     }
 };
-typedef Ring<STAGES, COLUMNS> WeightRing;
-typedef Ring<X_STAGES, ROWS> XRing;
 
-// By one thread.
-DEVICE void copy_weights(WeightRing ring, const TensorMap* map, Work work) {
+// What is to be copied next, and where to.
+struct Copies {
+    Ring ring;
+    Work work;
+    int chunk = 0;  // of the part
+
+    DEVICE void weights(const TensorMap* map, u64 policy) const {
+        barrier_expect(ring.full + ring.slot, SLOT);
+        copy_box(ring.weights(), map, 0, work.tile() * OUTPUTS, 0, column(), ring.full + ring.slot,
+                 policy);
+    }
+    DEVICE void x(const TensorMap* map) const {
+        copy_box(ring.x(), map, 0, 0, 0, column(), ring.full + ring.slot);
+    }
+    DEVICE int column() const { return work.part() * CHUNKS + chunk; }
+    DEVICE void next() {
+        ring.next();
+        if (++chunk == CHUNKS) chunk = 0, work.next();
+    }
+};
+
+// By one thread: keeps the ring full, of x from when it is there.
+DEVICE void copy_all(Copies ahead, const TensorMap* weight, const TensorMap* x) {
     const u64 policy = evict_first();
-    int early = STAGES;
+    Copies behind = ahead;
+    int early = 0;
 #pragma unroll 1
-    for (; work.left(); work.next())
-#pragma unroll 1
-        for (int c = 0; c < CHUNKS; c++) {
-            if (early-- == 0) wait_for_previous();  // no slot is read before that
-            ring.copy(map, work.tile() * OUTPUTS, work.part() * CHUNKS + c, policy);
-        }
-    if (early >= 0) wait_for_previous();
-}
-DEVICE void copy_x(XRing ring, const TensorMap* map, Work work) {
-    const u64 policy = evict_normal();
+    for (; early < STAGES && ahead.work.left(); early++, ahead.next()) ahead.weights(weight, policy);
     wait_for_previous();
 #pragma unroll 1
-    for (; work.left(); work.next())
+    for (; early; early--, behind.next()) behind.x(x);
 #pragma unroll 1
-        for (int c = 0; c < CHUNKS; c++) ring.copy(map, 0, work.part() * CHUNKS + c, policy);
+    for (; ahead.work.left(); ahead.next()) {
+        barrier_wait(ahead.ring.empty + ahead.ring.slot, ahead.ring.parity ^ 1);
+        ahead.weights(weight, policy);
+        ahead.x(x);
+    }
 }
 
 // A tile's sums of this warpgroup's 64 rows over a part of K.
-DEVICE void multiply(float (&sums)[COLUMNS / 2], WeightRing& weights, XRing& x) {
+DEVICE void multiply(float (&sums)[COLUMNS / 2], Ring& ring) {
     const u32 rows = threadIdx.x / 128 * (64 * 128);
     const bool releases = threadIdx.x % 32 == 0;
-    u64 *weights_before = nullptr, *x_before = nullptr;  // of slots whose products are under way
+    u64* before = nullptr;  // of the slot whose products are under way
 #pragma unroll 1
     for (int c = 0; c < CHUNKS; c++) {
-        weights.wait();
-        x.wait();
-        const u64 a = factor(shared_address(x.place()) + rows);
-        const u64 b = factor(shared_address(weights.place()));
+        barrier_wait(ring.full + ring.slot, ring.parity);
+        const u64 a = factor(shared_address(ring.x()) + rows);
+        const u64 b = factor(shared_address(ring.weights()));
         products_begin();
 #pragma unroll
         for (int k = 0; k < 4; k++)  // 16 elements, 32 bytes, at a time
             begin_product(sums, a + 2 * k, b + 2 * k, c + k > 0);
         products_commit();
         products_wait<1>();
-        if (releases && c > 0) barrier_arrive(weights_before), barrier_arrive(x_before);
-        weights_before = weights.empty + weights.slot, x_before = x.empty + x.slot;
-        weights.next();
-        x.next();
+        if (releases && c > 0) barrier_arrive(before);
+        before = ring.empty + ring.slot;
+        ring.next();
     }
     products_wait<0>();
-    if (releases) barrier_arrive(weights_before), barrier_arrive(x_before);
+    if (releases) barrier_arrive(before);
     sums_ready(sums);
 }
 
@@ -200,10 +203,8 @@ struct Output {
     DEVICE u32 values(const float (&sums)[COLUMNS / 2], int tile, int block, int later) const {
         const float* own = sums + 4 * block + 2 * later;
         float2 value = make_float2(own[0], own[1]);
-#if BIAS || GATED
-        const int feature = tile * OUTPUTS + 8 * block + threadIdx.x % 4 * 2;
-#endif
 #if BIAS
+        const int feature = tile * OUTPUTS + 8 * block + threadIdx.x % 4 * 2;
         const bool inside = feature < features;
         if (inside) value.x += to_float(bias[feature]), value.y += to_float(bias[feature + 1]);
 #endif
@@ -254,40 +255,34 @@ wide_gemm(T* out, const __grid_constant__ TensorMap x, const __grid_constant__ T
           const T* bias, const T* residual, float* partial, int* counters, int rows, int features,
           int out_stride) {
     extern __shared__ char unaligned[];
-    __shared__ u64 barriers[2 * (STAGES + X_STAGES)];
+    __shared__ u64 barriers[2 * STAGES];
     let_next_start();
     // The swizzle pattern starts anew every 1024 bytes of shared memory.
-    char* const slots = unaligned + (-shared_address(unaligned) & 1023);
-    u64* const of_x = barriers + 2 * STAGES;
-    WeightRing weight_ring{slots, barriers, barriers + STAGES};
-    XRing x_ring{slots + STAGES * COLUMNS * 128, of_x, of_x + X_STAGES};
-    weight_ring.init();
-    x_ring.init();
+    Ring ring{unaligned + (-shared_address(unaligned) & 1023), barriers, barriers + STAGES};
+    if (threadIdx.x < STAGES) {
+        barrier_init(ring.full + threadIdx.x);
+        barrier_init(ring.empty + threadIdx.x, WARPS);
+    }
     barriers_ready();
     __syncthreads();
     Work work(features);
-    const int warp = threadIdx.x / 32, copier = threadIdx.x % 32 == 0 ? warp - WARPS : -1;
-    if (copier == 0) {
-        copy_weights(weight_ring, &weight, work);
-    } else if (copier == 1) {
-        copy_x(x_ring, &x, work);
-    } else if (warp >= WARPS) {
-        wait_for_previous();
-    } else {
-        wait_for_previous();
-        const Output output{out, bias, residual, rows, GATED ? features / 2 : features, out_stride};
+    if (threadIdx.x == WARPS * 32) copy_all({ring, work}, &weight, &x);
+    else wait_for_previous();
+    if (threadIdx.x / 32 >= WARPS) return;
+#if !PARTS
+    const Output output{out, bias, residual, rows, GATED ? features / 2 : features, out_stride};
+#endif
 #pragma unroll 1
-        for (; work.left(); work.next()) {
-            float sums[COLUMNS / 2];
-            multiply(sums, weight_ring, x_ring);
+    for (; work.left(); work.next()) {
+        float sums[COLUMNS / 2];
+        multiply(sums, ring);
 #if PARTS
-            store_part(sums, partial, rows, features, work.tile(), work.part());
+        store_part(sums, partial, rows, features, work.tile(), work.part());
 #else
 #if SPLIT > 1
-            if (!add_parts(sums, partial, counters, work.tile(), work.part())) continue;
+        if (!add_parts(sums, partial, counters, work.tile(), work.part())) continue;
 #endif
-            output.store(sums, work.tile());
+        output.store(sums, work.tile());
 #endif
-        }
     }
 }
