@@ -1,5 +1,4 @@
-"""Launches of wide_gemm.cu: products of 33 to 128 rows on GPUs of compute capability 9.0; and of
-parts_norm.cu, which adds what it has divided."""
+"""Launches of wide_gemm.cu: products of 33 to 128 rows on GPUs of compute capability 9.0."""
 
 from __future__ import annotations
 
@@ -7,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmforge.kernels.launch import (
-    Float,
     Launch,
     Operand,
     TensorMap,
-    block_threads,
     extent,
     require,
     same_dtype,
@@ -30,18 +27,22 @@ _COUNTERS = 1024  # in `StreamScratch.counters`
 # Of an H200. Others of compute capability 9.0 have as many multiprocessors or fewer.
 _PROCESSORS = 132
 # Bytes a microsecond that a multiprocessor, and all of them from memory, were seen to take in.
-_PROCESSOR_RATE, _MEMORY_RATE, _CACHE_RATE = 66e3, 4.4e6, 5e6
+_PROCESSOR_RATE, _MEMORY_RATE = 66e3, 4.4e6
 
 
 @dataclass(frozen=True)
 class WidePlan:
-    """How wide_gemm.cu divides a product: ROWS, COLUMNS, SPLIT and PARTS there."""
+    """How wide_gemm.cu divides a product: ROWS, COLUMNS and SPLIT there."""
 
     rows: int
     columns: int
     split: int = 1
-    parts: bool = False
     blocks: int = _PROCESSORS  # at most
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups."""
+        return -(-self.rows // _GROUP)
 
     @property
     def stages(self) -> int:
@@ -53,16 +54,14 @@ class WidePlan:
 
     @property
     def _slot_bytes(self) -> int:
-        return (self.columns + self.rows) * 128
+        return (self.columns + self.groups * _GROUP) * 128
 
     def tiles(self, features: int) -> int:
         return -(-features // self.columns)
 
     def scratch_floats(self, features: int) -> int:
         """Elements of `partial`, for weights of so many rows."""
-        if self.parts:
-            return self.split * self.rows * features
-        return self.tiles(features) * self.split * self.rows * self.columns
+        return self.tiles(features) * self.split * self.groups * _GROUP * self.columns
 
     def microseconds(self, features: int, k: int) -> float:
         """About what a product takes, to compare plans by."""
@@ -71,32 +70,28 @@ class WidePlan:
         taken = rounds * (k // self.split) * (self.columns + self.rows) * 2 / _PROCESSOR_RATE
         read = features * k * 2 / _MEMORY_RATE
         added = 0.0
-        if self.parts:
-            added = 2 * self.split * features * self.rows * 4 / _CACHE_RATE
-        elif self.split > 1:  # by one block of those that share a tile, with little under way
-            added = 1.5 * self.split * self.columns * self.rows * 4 / _PROCESSOR_RATE
+        if self.split > 1:  # by one block of those that share a tile, with little under way
+            added = 1.5 * self.split * self.columns * self.groups * _GROUP * 4 / _PROCESSOR_RATE
         return max(taken, read) + 0.1 * taken + added
 
 
 def wide_plan(
-    dtype: str, rows: int, features: int, k: int, *, gated: bool = False, parts: bool = False
+    dtype: str, rows: int, features: int, k: int, *, gated: bool = False
 ) -> WidePlan | None:
-    """The plan for weights [features, k], or None where the kernel does not take the product.
-    parts: what comes behind can add parts of the sums."""
+    """The plan for weights [features, k], or None where the kernel does not take the product."""
     if dtype == "float32" or k % 64 or features % (8 if gated else 4) or rows > WIDE_ROWS:
         return None
-    plans = list(_plans(-(-rows // _GROUP) * _GROUP, features, k, gated, parts))
+    plans = _plans(-(-rows // 8) * 8, features, k, gated)
     return min(plans, key=lambda plan: plan.microseconds(features, k))
 
 
-def _plans(rows: int, features: int, k: int, gated: bool, parts: bool) -> Iterator[WidePlan]:
+def _plans(rows: int, features: int, k: int, gated: bool) -> Iterator[WidePlan]:
     step = 32 if gated else 16
     for columns in range(step, _MAX_COLUMNS + 1, step):
         for split in range(1, _MAX_SPLIT + 1):
-            plan = WidePlan(rows, columns, split, parts and split > 1)
-            items = plan.tiles(features) * split
-            counters = plan.tiles(features) * (rows // 16)
-            fits = items <= plan.blocks and (plan.parts or counters <= _COUNTERS)
+            plan = WidePlan(rows, columns, split)
+            tiles = plan.tiles(features)
+            fits = tiles * split <= plan.blocks and tiles * plan.groups * 4 <= _COUNTERS
             if k // 64 % split == 0 and (split == 1 or fits):
                 yield plan
 
@@ -114,8 +109,7 @@ def wide_gemm(
     activation: str | None = None,
 ) -> Launch:
     """out = x weightᵀ + bias for at most `plan.rows` rows; the options are those of
-    `stream.stream_gemm`. With `plan.parts` instead scratch.partial [split, plan.rows, features] =
-    the sums over each part of k. most_rows: how many rows of x there is memory for."""
+    `stream.stream_gemm`. most_rows: how many rows of x there is memory for."""
     dtype = same_dtype(out, x, weight, bias, residual)
     features, k = weight.shape
     assert isinstance(features, int) and isinstance(k, int)
@@ -126,7 +120,6 @@ def wide_gemm(
     stored = (out.features, *(n for o in (out, residual) if o for n in (o.row_stride, o.offset)))
     require(all(n % 4 == 0 for n in stored), "wide_gemm: features are stored by fours")
     require(residual is None or residual.row_stride == out.row_stride, "wide_gemm: strides")
-    require(not plan.parts or not (bias or residual or activation), "wide_gemm: parts are sums")
     fused = fused_defines(
         "wide_gemm", out, weight, bias=bias, residual=residual, norm_weight=None,
         activation=activation,
@@ -142,34 +135,8 @@ def wide_gemm(
     )  # fmt: skip
     spec = specialised(
         "wide_gemm.cu", "wide_gemm", dtype, K=k, ROWS=plan.rows, COLUMNS=plan.columns,
-        SPLIT=plan.split, PARTS=int(plan.parts), STAGES=plan.stages, **fused,
+        SPLIT=plan.split, STAGES=plan.stages, **fused,
     )  # fmt: skip
     blocks = min(plan.tiles(features) * plan.split, plan.blocks)
-    threads = plan.rows // _GROUP * 128 + 32
+    threads = plan.groups * 128 + 32
     return Launch(spec, arguments, (blocks, 1, 1), threads, plan.shared_bytes)
-
-
-def parts_norm(
-    out: Operand,
-    out_sum: Operand,
-    parts: Operand,
-    residual: Operand,
-    weight: Operand,
-    plan: WidePlan,
-    *,
-    eps: float,
-) -> Launch:
-    """out_sum = the sum of the parts of a product + residual; out = RMSNorm(out_sum) weight."""
-    dtype = same_dtype(out, out_sum, residual, weight)
-    features = weight.features
-    matrices = (out, out_sum, residual)
-    require(all(m.features == features for m in matrices), "parts_norm: shapes differ")
-    aligned = all(m.contiguous and m.offset % 8 == 0 for m in matrices)
-    require(aligned and features % 8 == 0, "parts_norm: contiguous rows of whole 16 bytes")
-    threads = block_threads(features // 8, 512)
-    spec = specialised(
-        "parts_norm.cu", "parts_norm", dtype,
-        FEATURES=features, PARTS=plan.split, PART_ROWS=plan.rows, THREADS=threads,
-    )  # fmt: skip
-    arguments = (out, out_sum, parts, residual, weight, Float(eps))
-    return Launch(spec, arguments, (extent(out.shape[0]), 1, 1), threads)

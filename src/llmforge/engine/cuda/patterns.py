@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmforge.engine.cuda.collectives import all_reduce_add
 from llmforge.engine.cuda.decode import fused_attention
-from llmforge.engine.cuda.products import attend, divided_product, norm, product, streams
+from llmforge.engine.cuda.products import attend, norm, product, streams
 from llmforge.engine.cuda.state import Lowering
 from llmforge.kernels import attention
 from llmforge.kernels.attention import QkvSteps
@@ -130,8 +130,6 @@ def _linear_add(low: Lowering, index: int) -> int:
         return 0
     if not residual.contiguous:
         return 0
-    if added.op == "add_rms_norm" and divided_product(low, linear, residual, added):
-        return 2
     bias = low.operand(linear.inputs[2]) if linear.inputs[2] else None
     total = low.new(added.outputs[0])
     product(low, linear, total, bias=bias, residual=residual)

@@ -5,24 +5,26 @@
 // 64 rows of x multiplies them. The copies run ahead over tiles, and those of weights begin while the
 // kernel before still runs. (With a ring for x alone that of the weights would run further ahead; but
 // the engine copies in order, and then x comes late: a tenth slower.)
-//   K: elements of a row. ROWS: a multiple of 64. COLUMNS: a multiple of 16, GATED of 32. SPLIT: parts
+//   K: elements of a row. ROWS: a multiple of 8. COLUMNS: a multiple of 16, GATED of 32. SPLIT: parts
 //   of K, of whole 64 elements each, which the blocks divide like tiles; of the warps that have the
-//   sums of the same rows and features, the last to finish adds, always in the same order. PARTS:
-//   nobody adds, and `partial` is the output. STAGES: slots.
+//   sums of the same rows and features, the last to finish adds, always in the same order.
+//   STAGES: slots.
 //   BIAS. RESIDUAL: added to the rounded product. GATED: the weights are those of gate | up, a tile has
 //   COLUMNS / 2 rows of each, out = activation(gate) up.
 // x [rows, K] and weight [features, K] are maps, see launch.py. out and residual have row stride
-// out_stride; output features are a multiple of 4. partial: float32, [tiles, SPLIT, ROWS, COLUMNS] in
-// the lanes' order, or with PARTS [SPLIT, ROWS, features]; counters: an int for each warp and tile,
-// zero before and after. Grid: any number of blocks up to SPLIT * tiles.
+// out_stride; output features are a multiple of 4. partial: [tiles, SPLIT, 64
+// GROUPS, COLUMNS] float32; counters: an int for each warp and tile, zero before and after. Grid: any number of blocks up to SPLIT * tiles.
 #include "common.cuh"
 #include "activation.cuh"
 #include "wgmma.cuh"
 
-#define WARPS (ROWS / 16)  // that multiply; one more copies
+#define GROUPS ((ROWS + 63) / 64)  // of 4 warps that multiply; one more warp copies
+#define WARPS (GROUPS * 4)
 #define THREADS (WARPS * 32 + 32)
 #define CHUNKS (K / SPLIT / 64)
-#define SLOT ((COLUMNS + ROWS) * 128)
+#define BYTES ((COLUMNS + ROWS) * 128)  // that are copied to a slot
+// Room for whole groups of rows: what lies behind those that are copied is multiplied and forgotten.
+#define SLOT ((COLUMNS + GROUPS * 64) * 128)
 #define BLOCKS (COLUMNS / 8)  // of 8 features, of which a lane has 2 of 2 rows: four sums
 #define OUTPUTS (GATED ? COLUMNS / 2 : COLUMNS)  // features of a tile that are stored
 
@@ -63,7 +65,7 @@ struct Copies {
     int chunk = 0;  // of the part
 
     DEVICE void weights(const TensorMap* map, u64 policy) const {
-        barrier_expect(ring.full + ring.slot, SLOT);
+        barrier_expect(ring.full + ring.slot, BYTES);
         copy_box(ring.weights(), map, 0, work.tile() * OUTPUTS, 0, column(), ring.full + ring.slot,
                  policy);
     }
@@ -120,24 +122,7 @@ DEVICE void multiply(float (&sums)[COLUMNS / 2], Ring& ring) {
     sums_ready(sums);
 }
 
-#if PARTS
-// Stores the sums of a part of K.
-DEVICE void store_part(const float (&sums)[COLUMNS / 2], float* partial, int rows, int features,
-                       int tile, int part) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-    float* const of_row = partial + ((size_t)part * ROWS + row) * features;
-#pragma unroll
-    for (int j = 0; j < BLOCKS; j++) {
-        const int feature = tile * COLUMNS + 8 * j + lane % 4 * 2;
-        if (feature >= features) return;
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-            if (row + 8 * h < rows)
-                __stcg((float2*)(of_row + 8 * h * features + feature),
-                       make_float2(sums[4 * j + 2 * h], sums[4 * j + 2 * h + 1]));
-    }
-}
-#elif SPLIT > 1
+#if SPLIT > 1
 // Adds the sums of all parts of K, in the last of the warps that have them to come here. Returns
 // whether this is the one.
 DEVICE bool add_parts(float (&sums)[COLUMNS / 2], float* partial, int* counters, int tile,
@@ -269,20 +254,14 @@ wide_gemm(T* out, const __grid_constant__ TensorMap x, const __grid_constant__ T
     if (threadIdx.x == WARPS * 32) copy_all({ring, work}, &weight, &x);
     else wait_for_previous();
     if (threadIdx.x / 32 >= WARPS) return;
-#if !PARTS
     const Output output{out, bias, residual, rows, GATED ? features / 2 : features, out_stride};
-#endif
 #pragma unroll 1
     for (; work.left(); work.next()) {
         float sums[COLUMNS / 2];
         multiply(sums, ring);
-#if PARTS
-        store_part(sums, partial, rows, features, work.tile(), work.part());
-#else
 #if SPLIT > 1
         if (!add_parts(sums, partial, counters, work.tile(), work.part())) continue;
 #endif
         output.store(sums, work.tile());
-#endif
     }
 }
