@@ -17,9 +17,6 @@ from llmforge.kernels.rows import rows_gemm, rows_plan
 from llmforge.kernels.stream import StreamScratch
 from llmforge.model.graph import Node
 
-# Measured on an H200 (benchmarks/notes.md): of more rows only gated products are faster by
-# wide_gemm.cu than by the library.
-_WIDE_UNGATED_ROWS = 64
 _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
 
 
@@ -64,26 +61,15 @@ def _split(low: Lowering, kernel: ProductKernel, weight: Operand) -> int:
     return plan.split
 
 
-def _wide_plan(low: Lowering, node: Node) -> wide.WidePlan | None:
-    """How wide_gemm.cu divides a linear node of this program; None where it does not, where the
-    library is faster, or where the rows are those that are wanted of a prompt, which are few."""
+def _wide_plan(low: Lowering, node: Node, *, gated: bool = False) -> wide.WidePlan | None:
+    """How wide_gemm.cu divides a linear node of this program; None where it does not, or where the
+    rows are those that are wanted of a prompt, which are few."""
     weight, count = low.operand(node.inputs[1]), low.graph.tensors[node.inputs[0]].shape[0]
-    rows, features, gated = low.largest(count), weight.shape[0], _feeds_gate(low, node)
+    rows, features = low.largest(count), weight.shape[0]
     assert isinstance(features, int)
     if count != "tokens" and not low.shape.decode:
         return None
-    if rows > _WIDE_UNGATED_ROWS and not gated:
-        return None
     return wide.wide_plan(weight.dtype, rows, features, weight.features, gated=gated)
-
-
-def _feeds_gate(low: Lowering, node: Node) -> bool:
-    """Whether the product of a linear node is gate | up, of which nothing else is read."""
-    split = low.only_reader(node.outputs[0])
-    if split is None or split.op != "split" or len(set(split.attrs["sizes"])) != 1:
-        return False
-    readers = [low.only_reader(name) for name in split.outputs]
-    return all(r is not None and r.op == "gated_activation" and r is readers[0] for r in readers)
 
 
 def product(
@@ -105,7 +91,7 @@ def product(
         low.emit(Matmul(low.operand(x_name), weight, bias, out), *computed)
         return
     if kernel == "wide_gemm":
-        plan = _wide_plan(low, linear)
+        plan = _wide_plan(low, linear, gated=activation is not None)
         assert plan is not None
         call = _wide(low, linear, out, plan, bias=bias, residual=residual, activation=activation)
         low.emit(call, *computed)
