@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from cuda_models import LIMITS, poison
 
-from llmforge.engine.step import StepBatch
+from llmforge.engine.step import Limits, StepBatch
 from llmforge.model.graph import Graph
 from llmforge.model.reference import DTYPES, REFERENCE, Context
 
@@ -17,10 +17,15 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 def meanings(
-    graph: Graph, weights: Any, batch: StepBatch, context: Context, given: dict[str, Any]
+    graph: Graph,
+    weights: Any,
+    batch: StepBatch,
+    context: Context,
+    given: dict[str, Any],
+    limits: Limits = LIMITS,
 ) -> dict[str, Any]:
     """Every tensor of the graph; those that are `given` stand in for what is computed."""
-    sizes = {"blocks": LIMITS.num_blocks, "block_size": LIMITS.block_size}
+    sizes = {"blocks": limits.num_blocks, "block_size": limits.block_size}
     values: dict[str, Any] = {"": None}
     for tensor in graph.inputs:
         values[tensor.name] = torch.from_numpy(getattr(batch, tensor.name))
@@ -45,7 +50,7 @@ def check_instructions(
     what follows a choice is compared with the meaning of the GPU's own choice."""
     routed = {node.outputs[0]: node.outputs[1] for node in graph.nodes if node.op == "route"}
     given: dict[str, Any] = {}
-    expected = meanings(graph, weights, batch, context, given)
+    expected = meanings(graph, weights, batch, context, given, cuda.limits)
     for index in range(len(cuda.instructions(batch))):
         poison(cuda)
         computed = cuda.run(batch, stop_after=index)
@@ -58,4 +63,4 @@ def check_instructions(
             assert error <= TOLERANCE[dtype], (index, name, error)
         if any(name in routed for name in values):
             given |= values
-            expected = meanings(graph, weights, batch, context, given)
+            expected = meanings(graph, weights, batch, context, given, cuda.limits)

@@ -156,14 +156,11 @@ class EmulatedLaunch:
 
 def _encode(map: TensorMap, address: int) -> tuple[Any, int]:
     """EncodedMap of copies.h, aligned as a TensorMap is, and its address."""
-    rows, columns = map.weight.shape
-    itemsize = DTYPE_BYTES[map.weight.dtype]
-    sizes = (64, rows // map.halves, map.halves, columns // 64)
-    strides = (columns * itemsize, rows // map.halves * columns * itemsize, 64 * itemsize)
+    itemsize = DTYPE_BYTES[map.matrix.dtype]
     buffer = np.zeros(128 + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     encoded = buffer[start : start + 128]
-    encoded[:64].view(np.uint64)[:] = address, *sizes, *strides
+    encoded[:64].view(np.uint64)[:] = address, *map.sizes, *map.strides
     encoded[64:84].view(np.uint32)[:] = *reversed(map.box), itemsize
     return buffer, encoded.ctypes.data
 

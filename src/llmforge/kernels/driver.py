@@ -116,7 +116,7 @@ class Arguments:
         sizes: Sizes,
         encode: Callable[[TensorMap, int], tuple[Any, int]],
     ) -> None:
-        """address_of: the address of each buffer. encode: the map of weights at an address: what
+        """address_of: the address of each buffer. encode: the map of a matrix at an address: what
         keeps it in memory, and where it lies there."""
         self._keep: list[Any] = []
         self._sizes, self._encode = sizes, encode
@@ -135,7 +135,9 @@ class Arguments:
             offset = argument.offset * DTYPE_BYTES[argument.dtype]
             cell = ctypes.c_void_p(address_of(argument.buffer) + offset)
         elif isinstance(argument, TensorMap):
-            encoded, address = self._encode(argument, address_of(argument.weight.buffer))
+            matrix = argument.matrix
+            offset = matrix.offset * DTYPE_BYTES[matrix.dtype]
+            encoded, address = self._encode(argument, address_of(matrix.buffer) + offset)
             self._keep.append(encoded)
             return address
         elif isinstance(argument, Float):
@@ -201,26 +203,21 @@ class BoundLaunch:
 
 
 def _encode(map: TensorMap, address: int) -> tuple[Any, int]:
-    """The CUtensorMap of weights at this address, and its own."""
+    """The CUtensorMap of a matrix at this address, and its own."""
     from cuda.bindings import driver
 
-    rows, columns = map.weight.shape
-    assert isinstance(rows, int) and isinstance(columns, int)
     types = driver.CUtensorMapDataType
     dtype = {
         "bfloat16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         "float16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-    }[map.weight.dtype]
-    # Innermost first, as the driver wants them.
-    sizes = (64, rows // map.halves, map.halves, columns // 64)
-    strides = (columns * 2, rows // map.halves * columns * 2, 128)
+    }[map.matrix.dtype]
     encoded = check(
         driver.cuTensorMapEncodeTiled(
             dtype,
             4,
             address,
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(stride) for stride in strides],
+            [driver.cuuint64_t(size) for size in map.sizes],
+            [driver.cuuint64_t(stride) for stride in map.strides],
             [driver.cuuint32_t(size) for size in reversed(map.box)],
             [driver.cuuint32_t(1)] * 4,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -76,12 +76,30 @@ class Double:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A description of weights for the tensor copy engine: [rows, columns] seen as [columns / 64,
-    halves, rows / halves, 64], copied in boxes of `box`, in rows of 128 bytes, swizzled."""
+    """A description of a matrix for the tensor copy engine: [rows, columns] seen as [columns / 64,
+    halves, rows / halves, 64], copied in boxes of `box`, in rows of 128 bytes, swizzled. What of a
+    box lies beyond the matrix is copied as zeros.
 
-    weight: Operand
+    most_rows: how many there is memory for, where the number of rows is symbolic: a kernel may be
+    given more rows than it was asked for."""
+
+    matrix: Operand
     halves: int
     box: tuple[int, int, int, int]  # elements in the order of the dimensions
+    most_rows: int | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Elements of each dimension, the innermost first."""
+        rows = self.matrix.shape[0] if self.most_rows is None else self.most_rows
+        assert isinstance(rows, int)
+        return 64, rows // self.halves, self.halves, self.matrix.features // 64
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Bytes between neighbours, of the dimensions from the second on."""
+        row = self.matrix.features * DTYPE_BYTES[self.matrix.dtype]
+        return row, self.sizes[1] * row, 64 * DTYPE_BYTES[self.matrix.dtype]
 
 
 Argument = Operand | TensorMap | Size | Float | Double | int | None

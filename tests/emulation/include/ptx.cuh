@@ -72,12 +72,19 @@ DEVICE u64 nanoseconds() {
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-DEVICE void barrier_init(u64* barrier) { *(emulation::Barrier*)barrier = {0, 1, 1, 0}; }
+DEVICE void barrier_init(u64* barrier, u32 count = 1) {
+    *(emulation::Barrier*)barrier = {0, (unsigned short)count, (unsigned char)count, 0};
+}
 DEVICE void barriers_ready() {}
 DEVICE void barrier_expect(u64* barrier, u32 bytes) {
     emulation::Barrier& own = *(emulation::Barrier*)barrier;
     if (own.count != 1 || own.pending != 1) emulation::fail("arrives at a barrier that is not open");
     own.expected += bytes;
+    own.pending--;
+    own.end_if_complete();
+}
+DEVICE void barrier_arrive(u64* barrier) {
+    emulation::Barrier& own = *(emulation::Barrier*)barrier;
     own.pending--;
     own.end_if_complete();
 }
@@ -100,6 +107,10 @@ DEVICE void copy_box(void* target, const TensorMap* map, int c0, int c1, int c2,
                      u64* barrier) {
     const int at[4] = {c0, c1, c2, c3};
     emulation::begin_box((char*)target, *(const emulation::EncodedMap*)map, at, barrier);
+}
+DEVICE void copy_box(void* target, const TensorMap* map, int c0, int c1, int c2, int c3,
+                     u64* barrier, u64) {
+    copy_box(target, map, c0, c1, c2, c3, barrier);
 }
 DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier, u64) {
     if (((size_t)target | (size_t)source | bytes) % 16 || !bytes)

@@ -78,8 +78,11 @@ class CudaExecutable:
         shared = ranks.connect(lowered, self.sizes)
         self.memory = Memory(graph, limits, weights, lowered, self.device, shared)
         with torch.cuda.stream(self._stream):
-            self._general, *decodes = (_Runner(program, self) for program in self.memory.programs)
-            self._decodes = {runner.program.shape.sequences: runner for runner in decodes}
+            runners = [_Runner(program, self) for program in self.memory.programs]
+            self._general = [r for r in runners if not r.program.shape.decode]
+            self._decodes = {
+                r.program.shape.sequences: r for r in runners if r.program.shape.decode
+            }
             for size in sorted(self._decodes, reverse=True):
                 self._decodes[size].capture()
         self._stream.synchronize()
@@ -180,7 +183,8 @@ class CudaExecutable:
             sizes = [size for size in self._decodes if size >= count]
             if sizes:
                 return self._decodes[min(sizes)]
-        return self._general
+        fitting = [r for r in self._general if r.program.shape.tokens >= batch.num_tokens]
+        return min(fitting, key=lambda runner: runner.program.shape.tokens)
 
     # -- what runners need ------------------------------------------------------------------------
 

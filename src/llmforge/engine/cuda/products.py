@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from llmforge.engine.cuda.program import Matmul
 from llmforge.engine.cuda.state import MAX_SPLITS, SUMS, DeferredNorm, Lowering, ProductKernel
-from llmforge.kernels import attention, stream
+from llmforge.kernels import attention, stream, wide
 from llmforge.kernels import launch as kernels
 from llmforge.kernels.attention import Cache, SplitScratch
 from llmforge.kernels.gemv import gemv, gemv_plan
 from llmforge.kernels.launch import Launch, Operand
 from llmforge.kernels.rows import rows_gemm, rows_plan, rows_scratch_floats
+from llmforge.kernels.stream import StreamScratch
 from llmforge.model.graph import Node
 
 _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
@@ -26,6 +28,8 @@ def kernel_of(low: Lowering, node: Node) -> ProductKernel:
         wanted = "stream_gemm"
     if wanted == "rows_gemm" and rows_plan(dtype, k, low.choice.rows) is None:
         wanted = "stream_gemm"
+    if wanted == "wide_gemm" and _wide_plan(low, node) is None:
+        wanted = "torch"
     if wanted == "stream_gemm" and stream.stream_plan(dtype, k) is None:
         wanted = "torch"
     return wanted
@@ -41,9 +45,11 @@ def _norms(low: Lowering, node: Node) -> bool:
     if node.op != "linear":
         return False
     kernel, weight = kernel_of(low, node), low.operand(node.inputs[1])
+    if kernel in ("torch", "wide_gemm"):
+        return False
     if kernel == "rows_gemm":
         return weight.dtype == "bfloat16"
-    return kernel == "gemv" or (kernel != "torch" and _split(low, kernel, weight) == 1)
+    return kernel == "gemv" or _split(low, kernel, weight) == 1
 
 
 def _split(low: Lowering, kernel: ProductKernel, weight: Operand) -> int:
@@ -55,6 +61,17 @@ def _split(low: Lowering, kernel: ProductKernel, weight: Operand) -> int:
     plan = stream.stream_plan(weight.dtype, weight.features)
     assert plan is not None
     return plan.split
+
+
+def _wide_plan(low: Lowering, node: Node, *, gated: bool = False) -> wide.WidePlan | None:
+    """How wide_gemm.cu divides a linear node of this program; None where it does not, or where the
+    rows are those that are wanted of a prompt, which are few."""
+    weight, count = low.operand(node.inputs[1]), low.graph.tensors[node.inputs[0]].shape[0]
+    rows, features = low.largest(count), weight.shape[0]
+    assert isinstance(features, int)
+    if count != "tokens" and not low.shape.decode:
+        return None
+    return wide.wide_plan(weight.dtype, rows, features, weight.features, gated=gated)
 
 
 def product(
@@ -75,6 +92,12 @@ def product(
         assert residual is None and activation is None, "only our own kernels fuse these"
         low.emit(Matmul(low.operand(x_name), weight, bias, out), *computed)
         return
+    if kernel == "wide_gemm":
+        plan = _wide_plan(low, linear, gated=activation is not None)
+        assert plan is not None
+        call = _wide(low, linear, out, plan, bias=bias, residual=residual, activation=activation)
+        low.emit(call, *computed)
+        return
     norm = low.deferred.get(x_name)
     x = norm.x if norm else low.operand(x_name)
     call = _launch_of(low, kernel, out, x, weight)(
@@ -83,7 +106,7 @@ def product(
         norm_weight=norm.weight if norm else None,
         eps=norm.eps if norm else 0.0,
         activation=activation,
-        alone=low.streamed % 2 == 1 and not __import__("os").environ.get("NOALONE"),
+        alone=low.streamed % 2 == 1,
     )
     low.streamed += 1
     low.emit(call, *computed)
@@ -101,11 +124,24 @@ def _launch_of(
         floats = rows_scratch_floats(features, split)
     else:
         floats = stream.stream_scratch_floats(features, split) if split > 1 else 1
-    sums = Operand(SUMS, (floats,), "float32", floats)
-    scratch = stream.StreamScratch(sums, Operand("scratch.arrived", (1,), "int32", 1))
+    scratch = _scratch(floats)
     if kernel == "rows_gemm":
         return partial(rows_gemm, out, x, weight, scratch, low.choice.rows)
     return partial(stream.stream_gemm, out, x, weight, scratch)
+
+
+def _wide(low: Lowering, linear: Node, out: Operand, plan: wide.WidePlan, **fused: Any) -> Launch:
+    x, weight = (low.operand(name) for name in linear.inputs[:2])
+    features = weight.shape[0]
+    assert isinstance(features, int)
+    scratch = _scratch(plan.scratch_floats(features))
+    return wide.wide_gemm(out, x, weight, scratch, plan, low.largest(x.shape[0]), **fused)
+
+
+def _scratch(floats: int) -> StreamScratch:
+    return StreamScratch(
+        Operand(SUMS, (floats,), "float32", floats), Operand("scratch.arrived", (1,), "int32", 1)
+    )
 
 
 def norm(low: Lowering, name: str, x: Operand, weight: Operand, eps: float) -> None:

@@ -12,7 +12,14 @@ from typing import Literal
 
 from llmforge.engine.step import Limits
 from llmforge.kernels.compile import KernelSpec
-from llmforge.kernels.launch import DTYPE_BYTES, SAMPLE_PARAMS_BYTES, Dim, Launch, Operand
+from llmforge.kernels.launch import (
+    DTYPE_BYTES,
+    SAMPLE_PARAMS_BYTES,
+    Dim,
+    Launch,
+    Operand,
+    TensorMap,
+)
 
 ALIGNMENT = 256  # bytes; what cudaMalloc gives, and more than any load needs
 
@@ -31,13 +38,15 @@ class StepShape:
     """What a program is for: steps of at most `tokens` and `sequences`. decode: each sequence has
     exactly one token, and the next token of each is wanted. bulk_copies: the GPU has them,
     and shared memory for the rings of two kernels (compute capability 9 to 11), so few rows may be
-    multiplied by stream_gemm.cu and gemv.cu."""
+    multiplied by stream_gemm.cu and gemv.cu. warpgroups: the GPU has products of warpgroups
+    (compute capability 9.0), so more rows may be multiplied by wide_gemm.cu."""
 
     tokens: int
     sequences: int
     decode: bool
     bulk_copies: bool = False
     links: Links = Links()
+    warpgroups: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,9 @@ class Instruction:
         if isinstance(self.call, Matmul):
             found = (self.call.x, self.call.weight, self.call.bias, self.call.out)
             return [o for o in found if o is not None]
-        return [o for o in self.call.arguments if isinstance(o, Operand)]  # weights need no room
+        arguments = self.call.arguments
+        maps = [a.matrix for a in arguments if isinstance(a, TensorMap)]
+        return [a for a in arguments if isinstance(a, Operand)] + maps
 
 
 @dataclass(frozen=True)

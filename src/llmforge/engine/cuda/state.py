@@ -23,6 +23,7 @@ from llmforge.kernels.decode_attention import DecodeTuning
 from llmforge.kernels.gemv import DEFAULT_TUNING, GemvTuning
 from llmforge.kernels.launch import Dim, Operand
 from llmforge.kernels.rows import DEFAULT_ROWS, RowsTuning
+from llmforge.kernels.wide import MIN_WIDE_ROWS, WIDE_ROWS
 from llmforge.model.graph import Graph, Node
 
 # Blocks a sequence's keys are divided among at most: enough to fill a large GPU from one sequence.
@@ -31,7 +32,7 @@ SUMS = "scratch.sums"  # the buffer of products that several blocks share
 DIVISION = "division."  # how such buffers' names begin: of the keys, for decode_attention.cu
 _NARROW = 2048  # features
 
-ProductKernel = Literal["stream_gemm", "gemv", "rows_gemm", "torch"]
+ProductKernel = Literal["stream_gemm", "gemv", "rows_gemm", "wide_gemm", "torch"]
 AttentionKernel = Literal["separate", "fused"]
 
 
@@ -39,9 +40,10 @@ AttentionKernel = Literal["separate", "fused"]
 class KernelChoice:
     """What computes the products of decode steps of one token, and of 2 to 8 (None: what was
     fastest at the model's width), where the GPU has bulk copies: gemv.cu and rows_gemm.cu leave the
-    shapes that they do not take to stream_gemm.cu, and that to torch. And what follows the product
-    of q, k and v in decode steps: qkv.cu and the kernels of attention ("separate"), or
-    decode_attention.cu ("fused"), which leaves what it does not take to those."""
+    shapes that they do not take to stream_gemm.cu, and that to torch. What computes those of 33 to
+    128, where it has products of warpgroups: wide_gemm.cu leaves what it does not take to torch.
+    And what follows the product of q, k and v in decode steps: qkv.cu and the kernels of attention
+    ("separate"), or decode_attention.cu ("fused"), which leaves what it does not take to those."""
 
     one_row: Literal["stream_gemm", "gemv", "torch"] = "gemv"
     gemv: GemvTuning = DEFAULT_TUNING
@@ -49,6 +51,7 @@ class KernelChoice:
     decode: DecodeTuning = DEFAULT_DECODE_TUNING
     few_rows: Literal["stream_gemm", "rows_gemm", "torch"] | None = "rows_gemm"
     rows: RowsTuning = DEFAULT_ROWS
+    many_rows: Literal["wide_gemm", "torch"] = "torch"
 
 
 MEASURED = KernelChoice()
@@ -133,6 +136,8 @@ class Lowering:
     def product_kernel(self) -> ProductKernel:
         """What is to compute the products of this program, where it takes their shapes."""
         tokens = self.shape.tokens
+        if self.shape.warpgroups and MIN_WIDE_ROWS <= tokens <= WIDE_ROWS:
+            return self.choice.many_rows
         if not self.shape.decode or not self.shape.bulk_copies or tokens > stream.STREAM_ROWS:
             return "torch"
         if tokens == 1:

@@ -27,6 +27,7 @@ from llmforge.kernels import compile as compiler
 from llmforge.kernels.compile import KernelSpec
 from llmforge.kernels.experts import unfit_route
 from llmforge.kernels.images import ARCHS, PTX_ARCH, check_archs, write_images
+from llmforge.kernels.wide import WIDE_ROWS
 from llmforge.model.graph import Graph
 from llmforge.model.passes import apply, fuse_add_norm, merge_linears
 from llmforge.parallel import Topology
@@ -152,13 +153,23 @@ def programs(
     links: Links = _ALL_DIRECT,
     choice: KernelChoice = MEASURED,
 ) -> list[Program]:
-    """The programs of an engine on GPUs of `arch`: that of any step, then those of the decode
-    buckets."""
+    """The programs of an engine on GPUs of `arch`: that of any step, maybe one of any short step,
+    then those of the decode buckets."""
     # Compute capability 12.0 has them too, but 100 KB of shared memory where the others have 228.
     bulk_copies = 90 <= compiler.arch_number(arch) < 120
-    general = StepShape(limits.max_num_tokens, limits.max_batch_size, False, links=links)
-    decodes = [StepShape(size, size, True, bulk_copies, links) for size in decode_buckets(limits)]
-    return [lower(graph, limits, shape, choice) for shape in (general, *decodes)]
+    warpgroups = compiler.arch_number(arch) == 90
+    lengths = [limits.max_num_tokens]
+    if warpgroups and choice.many_rows != "torch" and limits.max_num_tokens > WIDE_ROWS:
+        lengths.append(WIDE_ROWS)
+    general = [
+        StepShape(tokens, limits.max_batch_size, False, links=links, warpgroups=warpgroups)
+        for tokens in lengths
+    ]
+    decodes = [
+        StepShape(size, size, True, bulk_copies, links, warpgroups)
+        for size in decode_buckets(limits)
+    ]
+    return [lower(graph, limits, shape, choice) for shape in (*general, *decodes)]
 
 
 def engine_kernels(

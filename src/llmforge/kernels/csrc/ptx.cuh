@@ -1,4 +1,5 @@
 // What CUDA C++ has no words for: every instruction that kernels write in PTX, each in a function.
+// (Those of compute capability 9.0 alone: wgmma.cuh.)
 // (The tests' emulation of a GPU has the same functions in C++.)
 #pragma once
 
@@ -67,10 +68,11 @@ DEVICE u64 nanoseconds() {
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// A barrier in shared memory whose phase ends when one thread has arrived and the bytes that it
-// expects have come.
-DEVICE void barrier_init(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
+// A barrier in shared memory whose phase ends when so many threads have arrived and the bytes that
+// they expect have come.
+DEVICE void barrier_init(u64* barrier, u32 count = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(count));
 }
 // Behind `barrier_init`, for the copy engine to see it.
 DEVICE void barriers_ready() {
@@ -80,6 +82,10 @@ DEVICE void barrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                      shared_address(barrier)),
                  "r"(bytes)
+                 : "memory");
+}
+DEVICE void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                  : "memory");
 }
 DEVICE void barrier_wait(u64* barrier, u32 parity) {
@@ -101,6 +107,14 @@ DEVICE void copy_box(void* target, const TensorMap* map, int c0, int c1, int c2,
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(target)),
         "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier))
+        : "memory");
+}
+DEVICE void copy_box(void* target, const TensorMap* map, int c0, int c1, int c2, int c3,
+                     u64* barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(shared_address(target)),
+        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier)), "l"(policy)
         : "memory");
 }
 

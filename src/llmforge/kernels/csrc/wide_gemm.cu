@@ -1,0 +1,267 @@
+// out = x weightᵀ for up to ROWS rows of x, on the tensor cores of compute capability 9.0, for so few
+// rows that reading the weights is what takes time. A block computes tiles of COLUMNS output features
+// of all rows, over K or a part of it. A warp has the copy engine bring 64 elements of each of the
+// tile's rows of weights, and of x, into the slots of a ring in shared memory, and a warpgroup for each
+// 64 rows of x multiplies them. The copies run ahead over tiles, and those of weights begin while the
+// kernel before still runs. (With a ring for x alone that of the weights would run further ahead; but
+// the engine copies in order, and then x comes late: a tenth slower.)
+//   K: elements of a row. ROWS: a multiple of 8. COLUMNS: a multiple of 16, GATED of 32. SPLIT: parts
+//   of K, of whole 64 elements each, which the blocks divide like tiles; of the warps that have the
+//   sums of the same rows and features, the last to finish adds, always in the same order.
+//   STAGES: slots.
+//   BIAS. RESIDUAL: added to the rounded product. GATED: the weights are those of gate | up, a tile has
+//   COLUMNS / 2 rows of each, out = activation(gate) up.
+// x [rows, K] and weight [features, K] are maps, see launch.py. out and residual have row stride
+// out_stride; output features are a multiple of 4. partial: [tiles, SPLIT, 64
+// GROUPS, COLUMNS] float32; counters: an int for each warp and tile, zero before and after. Grid: any number of blocks up to SPLIT * tiles.
+#include "common.cuh"
+#include "activation.cuh"
+#include "wgmma.cuh"
+
+#define GROUPS ((ROWS + 63) / 64)  // of 4 warps that multiply; one more warp copies
+#define WARPS (GROUPS * 4)
+#define THREADS (WARPS * 32 + 32)
+#define CHUNKS (K / SPLIT / 64)
+#define BYTES ((COLUMNS + ROWS) * 128)  // that are copied to a slot
+// Room for whole groups of rows: what lies behind those that are copied is multiplied and forgotten.
+#define SLOT ((COLUMNS + GROUPS * 64) * 128)
+#define BLOCKS (COLUMNS / 8)  // of 8 features, of which a lane has 2 of 2 rows: four sums
+#define OUTPUTS (GATED ? COLUMNS / 2 : COLUMNS)  // features of a tile that are stored
+
+// What a block computes: in each of its rounds a tile and a part of K.
+struct Work {
+    int items, item;
+
+    DEVICE Work(int features) {
+        items = (features + COLUMNS - 1) / COLUMNS * SPLIT;
+        item = blockIdx.x;
+    }
+    DEVICE bool left() const { return item < items; }
+    DEVICE void next() { item += gridDim.x; }
+    DEVICE int tile() const { return item / SPLIT; }
+    DEVICE int part() const { return item % SPLIT; }
+};
+
+// Slots in the order in which they are filled and used. `full` ends a phase when all bytes have come,
+// `empty` when all warps have read them.
+struct Ring {
+    char* slots;
+    u64* full;
+    u64* empty;
+    int slot = 0;
+    u32 parity = 0;
+
+    DEVICE char* weights() const { return slots + slot * SLOT; }
+    DEVICE char* x() const { return weights() + COLUMNS * 128; }
+    DEVICE void next() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+};
+
+// What is to be copied next, and where to.
+struct Copies {
+    Ring ring;
+    Work work;
+    int chunk = 0;  // of the part
+
+    DEVICE void weights(const TensorMap* map, u64 policy) const {
+        barrier_expect(ring.full + ring.slot, BYTES);
+        copy_box(ring.weights(), map, 0, work.tile() * OUTPUTS, 0, column(), ring.full + ring.slot,
+                 policy);
+    }
+    DEVICE void x(const TensorMap* map) const {
+        copy_box(ring.x(), map, 0, 0, 0, column(), ring.full + ring.slot);
+    }
+    DEVICE int column() const { return work.part() * CHUNKS + chunk; }
+    DEVICE void next() {
+        ring.next();
+        if (++chunk == CHUNKS) chunk = 0, work.next();
+    }
+};
+
+// By one thread: keeps the ring full, of x from when it is there.
+DEVICE void copy_all(Copies ahead, const TensorMap* weight, const TensorMap* x) {
+    const u64 policy = evict_first();
+    Copies behind = ahead;
+    int early = 0;
+#pragma unroll 1
+    for (; early < STAGES && ahead.work.left(); early++, ahead.next()) ahead.weights(weight, policy);
+    wait_for_previous();
+#pragma unroll 1
+    for (; early; early--, behind.next()) behind.x(x);
+#pragma unroll 1
+    for (; ahead.work.left(); ahead.next()) {
+        barrier_wait(ahead.ring.empty + ahead.ring.slot, ahead.ring.parity ^ 1);
+        ahead.weights(weight, policy);
+        ahead.x(x);
+    }
+}
+
+// A tile's sums of this warpgroup's 64 rows over a part of K.
+DEVICE void multiply(float (&sums)[COLUMNS / 2], Ring& ring) {
+    const u32 rows = threadIdx.x / 128 * (64 * 128);
+    const bool releases = threadIdx.x % 32 == 0;
+    u64* before = nullptr;  // of the slot whose products are under way
+#pragma unroll 1
+    for (int c = 0; c < CHUNKS; c++) {
+        barrier_wait(ring.full + ring.slot, ring.parity);
+        const u64 a = factor(shared_address(ring.x()) + rows);
+        const u64 b = factor(shared_address(ring.weights()));
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4; k++)  // 16 elements, 32 bytes, at a time
+            begin_product(sums, a + 2 * k, b + 2 * k, c + k > 0);
+        products_commit();
+        products_wait<1>();
+        if (releases && c > 0) barrier_arrive(before);
+        before = ring.empty + ring.slot;
+        ring.next();
+    }
+    products_wait<0>();
+    if (releases) barrier_arrive(before);
+    sums_ready(sums);
+}
+
+#if SPLIT > 1
+// Adds the sums of all parts of K, in the last of the warps that have them to come here. Returns
+// whether this is the one.
+DEVICE bool add_parts(float (&sums)[COLUMNS / 2], float* partial, int* counters, int tile,
+                      int part) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float4* const of_tile = (float4*)partial + (size_t)tile * SPLIT * BLOCKS * (WARPS * 32);
+    auto place = [&](int of_part, int block) {
+        return of_tile + (of_part * BLOCKS + block) * (WARPS * 32) + threadIdx.x;
+    };
+#pragma unroll
+    for (int j = 0; j < BLOCKS; j++)
+        __stcg(place(part, j),
+               make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]));
+    __threadfence();
+    __syncwarp();
+    int arrived = 0;
+    if (lane == 0) {
+        int* const counter = counters + tile * WARPS + warp;
+        arrived = atomicAdd(counter, 1);
+        if (arrived == SPLIT - 1) *counter = 0;
+    }
+    if (__shfl_sync(FULL_WARP, arrived, 0) != SPLIT - 1) return false;
+    __threadfence();
+#pragma unroll
+    for (int j = 0; j < BLOCKS; j++) {
+        float4 parts[SPLIT];
+#pragma unroll
+        for (int p = 0; p < SPLIT; p++) parts[p] = __ldcg(place(p, j));
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[4 * j + i] = 0;
+#pragma unroll
+        for (int p = 0; p < SPLIT; p++) {
+            sums[4 * j] += parts[p].x, sums[4 * j + 1] += parts[p].y;
+            sums[4 * j + 2] += parts[p].z, sums[4 * j + 3] += parts[p].w;
+        }
+    }
+    return true;
+}
+#endif
+
+// Of two blocks of 8 features a lane has the words low and high, of features 2 (lane % 4) on of each;
+// then of block lane / 2 % 2 those of features 4 (lane % 2) on.
+DEVICE void trade(u32& low, u32& high) {
+    const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
+    const u32 from_far = __shfl_xor_sync(FULL_WARP, upper ? low : high, 2);
+    if (upper) low = from_far;
+    else high = from_far;
+    const u32 from_near = __shfl_xor_sync(FULL_WARP, odd ? low : high, 1);
+    if (odd) low = from_near;
+    else high = from_near;
+}
+DEVICE u32 add_pairs(u32 a, u32 b) {
+    return packed(low_half(a) + low_half(b), high_half(a) + high_half(b));
+}
+
+struct Output {
+    T* out;
+    const T* bias;
+    const T* residual;
+    int rows, features, stride;  // of the output
+
+    // This lane's two features of the 8 from `block` on, of its first row or of that 8 rows later.
+    DEVICE u32 values(const float (&sums)[COLUMNS / 2], int tile, int block, int later) const {
+        const float* own = sums + 4 * block + 2 * later;
+        float2 value = make_float2(own[0], own[1]);
+#if BIAS
+        const int feature = tile * OUTPUTS + 8 * block + threadIdx.x % 4 * 2;
+        const bool inside = feature < features;
+        if (inside) value.x += to_float(bias[feature]), value.y += to_float(bias[feature + 1]);
+#endif
+#if GATED
+        float2 up = make_float2(own[OUTPUTS / 2], own[OUTPUTS / 2 + 1]);
+#if BIAS
+        const T* const of_up = bias + features + feature;
+        if (inside) up.x += to_float(of_up[0]), up.y += to_float(of_up[1]);
+#endif
+        value.x = rounded(activation(rounded(value.x))) * rounded(up.x);
+        value.y = rounded(activation(rounded(value.y))) * rounded(up.y);
+#endif
+        return packed(value.x, value.y);
+    }
+    // Stores what a warp has of a tile, 32 bytes of a row together.
+    DEVICE void store(const float (&sums)[COLUMNS / 2], int tile) const {
+        const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+        const int first = tile * OUTPUTS + lane / 2 % 2 * 8 + lane % 2 * 4;
+#if RESIDUAL
+        uint2 residuals[BLOCKS / 2][2];  // all asked for before any is used
+#pragma unroll
+        for (int j = 0; j < BLOCKS / 2; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                if (row + 8 * h < rows && first + 16 * j < features)
+                    residuals[j][h] =
+                        __ldcg((const uint2*)(residual + at(row + 8 * h, first + 16 * j)));
+#endif
+#pragma unroll
+        for (int j = 0; j < OUTPUTS / 16; j++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                u32 low = values(sums, tile, 2 * j, h), high = values(sums, tile, 2 * j + 1, h);
+                trade(low, high);
+                if (row + 8 * h >= rows || first + 16 * j >= features) continue;
+#if RESIDUAL
+                low = add_pairs(low, residuals[j][h].x), high = add_pairs(high, residuals[j][h].y);
+#endif
+                *(uint2*)(out + at(row + 8 * h, first + 16 * j)) = make_uint2(low, high);
+            }
+        }
+    }
+    DEVICE size_t at(int row, int feature) const { return (size_t)row * stride + feature; }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+wide_gemm(T* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
+          const T* bias, const T* residual, float* partial, int* counters, int rows, int features,
+          int out_stride) {
+    extern __shared__ char unaligned[];
+    __shared__ u64 barriers[2 * STAGES];
+    let_next_start();
+    // The swizzle pattern starts anew every 1024 bytes of shared memory.
+    Ring ring{unaligned + (-shared_address(unaligned) & 1023), barriers, barriers + STAGES};
+    if (threadIdx.x < STAGES) {
+        barrier_init(ring.full + threadIdx.x);
+        barrier_init(ring.empty + threadIdx.x, WARPS);
+    }
+    barriers_ready();
+    __syncthreads();
+    Work work(features);
+    if (threadIdx.x == WARPS * 32) copy_all({ring, work}, &weight, &x);
+    else wait_for_previous();
+    if (threadIdx.x / 32 >= WARPS) return;
+    const Output output{out, bias, residual, rows, GATED ? features / 2 : features, out_stride};
+#pragma unroll 1
+    for (; work.left(); work.next()) {
+        float sums[COLUMNS / 2];
+        multiply(sums, ring);
+#if SPLIT > 1
+        if (!add_parts(sums, partial, counters, work.tile(), work.part())) continue;
+#endif
+        output.store(sums, work.tile());
+    }
+}
