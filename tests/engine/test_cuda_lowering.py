@@ -71,9 +71,9 @@ def test_every_model_lowers_in_every_layout(
 
 
 def test_residual_and_norm_are_part_of_the_all_reduce() -> None:
-    general, *decodes = programs(prepared("llama", 2, 1, 0), LIMITS, "sm_90")
-    for program in (general, *decodes):
-        assert entries(program).count("elementwise") == 2, "the gated activations alone"
+    for program in programs(prepared("llama", 2, 1, 0), LIMITS, "sm_90"):
+        activations = entries(program).count("elementwise")  # or parts of products
+        assert activations in (0, 2), "the gated activations alone"
         joined = [
             dict(i.call.kernel.defines)
             for i in program.instructions

@@ -27,8 +27,8 @@ from llmforge.parallel import Topology
 def decodes(config: ModelConfig, choice: KernelChoice, arch: str = "sm_90") -> dict[int, Program]:
     """The programs of the decode buckets, by size."""
     graph = CudaTarget().prepare(trace(config, Topology(), 0))
-    _, *found = programs(graph, LIMITS, arch, choice=choice)
-    return {program.shape.tokens: program for program in found}
+    found = programs(graph, LIMITS, arch, choice=choice)
+    return {program.shape.tokens: program for program in found if program.shape.decode}
 
 
 def entries(program: Program) -> Counter[str]:
@@ -39,7 +39,7 @@ def entries(program: Program) -> Counter[str]:
 
 @pytest.mark.parametrize("config", REAL, ids=lambda c: f"hidden {c.hidden_size}")
 def test_one_row_goes_to_the_kernel_that_is_asked_for(config: ModelConfig) -> None:
-    streamed = entries(decodes(config, MEASURED)[1])
+    streamed = entries(decodes(config, KernelChoice("stream_gemm"))[1])
     library = 1 if config.intermediate_size == 18944 else 0  # that stream_gemm.cu does not divide
     assert (streamed["stream_gemm"], streamed["Matmul"]) == (5 - library, library)
     assert streamed["gemv"] == 0
@@ -47,14 +47,6 @@ def test_one_row_goes_to_the_kernel_that_is_asked_for(config: ModelConfig) -> No
     assert ours["gemv"] == 5 and ours["stream_gemm"] == ours["Matmul"] == ours["rms_norm"] == 0
     torchs = entries(decodes(config, KernelChoice("torch"))[1])
     assert torchs["Matmul"] == 5 and torchs["gemv"] == torchs["stream_gemm"] == 0
-
-
-def test_more_rows_are_as_before() -> None:
-    for size in (2, 4):
-        chosen = [decodes(REAL[1], each)[size] for each in (MEASURED, KernelChoice("gemv"))]
-        assert chosen[0] == chosen[1] and entries(chosen[0])["stream_gemm"] == 5
-        wide = [decodes(REAL[0], each)[size] for each in (MEASURED, KernelChoice("gemv"))]
-        assert wide[0] == wide[1] and entries(wide[0])["Matmul"] == 5
 
 
 @pytest.mark.parametrize("config", REAL[:2], ids=lambda c: f"hidden {c.hidden_size}")
@@ -71,13 +63,18 @@ def test_few_rows_go_to_the_kernel_that_is_asked_for(config: ModelConfig) -> Non
         assert one == decodes(config, MEASURED)[1], "one row has its own choice"
 
 
-def test_more_than_eight_rows_are_torchs() -> None:
+def test_more_than_eight_rows_are_wide_gemms_where_it_is_and_torchs_elsewhere() -> None:
     graph = CudaTarget().prepare(trace(REAL[1], Topology(), 0))
-    limits = dataclasses.replace(LIMITS, max_batch_size=16)
-    chosen = KernelChoice("gemv", few_rows="rows_gemm")
-    *_, eight, sixteen = programs(graph, limits, "sm_90", choice=chosen)
-    assert (eight.shape.tokens, sixteen.shape.tokens) == (8, 16)
-    assert entries(eight)["rows_gemm"] == 5 and entries(sixteen)["Matmul"] == 5
+    limits = dataclasses.replace(LIMITS, max_batch_size=192, max_num_tokens=512)
+    for arch, kernel in (("sm_90", "wide_gemm"), ("sm_100", "Matmul")):
+        found = programs(graph, limits, arch)
+        decodes = {p.shape.tokens: entries(p) for p in found if p.shape.decode}
+        assert decodes[8]["rows_gemm"] == decodes[16][kernel] == decodes[128][kernel] == 5
+        assert decodes[192]["Matmul"] == 5
+    prompts = {p.shape.tokens: entries(p) for p in programs(graph, limits, "sm_90")[:2]}
+    # The rows that are wanted of a prompt are few: their product is torch's.
+    assert prompts[128]["wide_gemm"] == 4 and prompts[128]["Matmul"] == 1
+    assert prompts[512]["Matmul"] == 5 and prompts[512]["wide_gemm"] == 0
 
 
 def test_what_rows_gemm_does_not_take_goes_on() -> None:
@@ -112,8 +109,8 @@ def test_the_scratch_is_as_large_as_the_product_that_needs_most_of_it() -> None:
 
 @pytest.mark.parametrize(
     "choice",
-    [MEASURED, KernelChoice("gemv"), KernelChoice(few_rows="rows_gemm")],
-    ids=["measured", "gemv", "rows_gemm"],
+    [MEASURED, KernelChoice("stream_gemm", few_rows="stream_gemm")],
+    ids=["measured", "stream_gemm"],
 )
 def test_gpus_without_bulk_copies_or_room_for_two_rings_multiply_by_torch(
     choice: KernelChoice,
@@ -133,7 +130,8 @@ def test_what_gemv_does_not_take_goes_on() -> None:
     whole = of_dtype(MODELS["wide"], "float32")
     assert set(entries(decodes(whole, KernelChoice("gemv"))[1])).isdisjoint({"gemv", "stream_gemm"})
     huge = KernelChoice("gemv", GemvTuning(warps=16, stages=8, blocks=2))
-    assert entries(decodes(REAL[0], huge)[1]) == entries(decodes(REAL[0], MEASURED)[1])
+    streamed = decodes(REAL[0], KernelChoice("stream_gemm"))[1]
+    assert entries(decodes(REAL[0], huge)[1]) == entries(streamed)
 
 
 def test_every_second_product_is_alone() -> None:

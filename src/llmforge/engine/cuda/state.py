@@ -30,7 +30,6 @@ from llmforge.model.graph import Graph, Node
 MAX_SPLITS = 32
 SUMS = "scratch.sums"  # the buffer of products that several blocks share
 DIVISION = "division."  # how such buffers' names begin: of the keys, for decode_attention.cu
-_NARROW = 2048  # features
 
 ProductKernel = Literal["stream_gemm", "gemv", "rows_gemm", "wide_gemm", "torch"]
 AttentionKernel = Literal["separate", "fused"]
@@ -38,20 +37,20 @@ AttentionKernel = Literal["separate", "fused"]
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What computes the products of decode steps of one token, and of 2 to 8 (None: what was
-    fastest at the model's width), where the GPU has bulk copies: gemv.cu and rows_gemm.cu leave the
-    shapes that they do not take to stream_gemm.cu, and that to torch. What computes those of 33 to
-    128, where it has products of warpgroups: wide_gemm.cu leaves what it does not take to torch.
-    And what follows the product of q, k and v in decode steps: qkv.cu and the kernels of attention
+    """What computes the products of a step where the GPU has bulk copies: of decode steps of one
+    token, and of 2 to 8. gemv.cu and rows_gemm.cu leave the shapes that they do not take to
+    stream_gemm.cu, and that to torch. Where it has products of warpgroups: those of more, up to
+    128, and of prompts as short. wide_gemm.cu leaves what it does not take to torch. And what
+    follows the product of q, k and v in decode steps: qkv.cu and the kernels of attention
     ("separate"), or decode_attention.cu ("fused"), which leaves what it does not take to those."""
 
     one_row: Literal["stream_gemm", "gemv", "torch"] = "gemv"
     gemv: GemvTuning = DEFAULT_TUNING
     attention: AttentionKernel = "fused"
     decode: DecodeTuning = DEFAULT_DECODE_TUNING
-    few_rows: Literal["stream_gemm", "rows_gemm", "torch"] | None = "rows_gemm"
+    few_rows: Literal["stream_gemm", "rows_gemm", "torch"] = "rows_gemm"
     rows: RowsTuning = DEFAULT_ROWS
-    many_rows: Literal["wide_gemm", "torch"] = "torch"
+    many_rows: Literal["wide_gemm", "torch"] = "wide_gemm"
 
 
 MEASURED = KernelChoice()
@@ -142,10 +141,7 @@ class Lowering:
             return "torch"
         if tokens == 1:
             return self.choice.one_row
-        if self.choice.few_rows:
-            return self.choice.few_rows
-        # Measured on an H200 (benchmarks/notes.md): for wider models the library is faster.
-        return "stream_gemm" if self._widest_norm() <= _NARROW else "torch"
+        return self.choice.few_rows
 
     def optional(self, name: str) -> Operand | None:
         """The operand of an optional input: None where it is absent."""
@@ -195,11 +191,6 @@ class Lowering:
             block_size=self.limits.block_size,
             table_stride=self.layout.table_stride,
         )
-
-    def _widest_norm(self) -> int:
-        """The features of the residual: the longest weight of an RMSNorm, 0 where there is none."""
-        norms = (n for n in self.graph.nodes if n.op in ("rms_norm", "add_rms_norm"))
-        return max((self.operands[n.inputs[-1]].features for n in norms), default=0)
 
     def _whole(self, buffer: str, name: str) -> Operand:
         tensor = self.graph.tensors[name]
