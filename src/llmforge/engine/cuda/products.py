@@ -12,7 +12,7 @@ from llmforge.kernels import launch as kernels
 from llmforge.kernels.attention import Cache, SplitScratch
 from llmforge.kernels.gemv import gemv, gemv_plan
 from llmforge.kernels.launch import Launch, Operand
-from llmforge.kernels.rows import rows_gemm, rows_plan
+from llmforge.kernels.rows import rows_gemm, rows_plan, rows_scratch_floats
 from llmforge.model.graph import Node
 
 _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
@@ -41,6 +41,8 @@ def _norms(low: Lowering, node: Node) -> bool:
     if node.op != "linear":
         return False
     kernel, weight = kernel_of(low, node), low.operand(node.inputs[1])
+    if kernel == "rows_gemm":
+        return weight.dtype == "bfloat16"
     return kernel == "gemv" or (kernel != "torch" and _split(low, kernel, weight) == 1)
 
 
@@ -95,7 +97,10 @@ def _launch_of(
         return partial(gemv, out, x, weight, low.choice.gemv)
     features, split = weight.shape[0], _split(low, kernel, weight)
     assert isinstance(features, int)
-    floats = stream.stream_scratch_floats(features, split) if split > 1 else 1
+    if kernel == "rows_gemm":
+        floats = rows_scratch_floats(features, split)
+    else:
+        floats = stream.stream_scratch_floats(features, split) if split > 1 else 1
     sums = Operand(SUMS, (floats,), "float32", floats)
     scratch = stream.StreamScratch(sums, Operand("scratch.arrived", (1,), "int32", 1))
     if kernel == "rows_gemm":
