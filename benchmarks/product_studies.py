@@ -42,7 +42,7 @@ FEW_ROWS = {
         name: KernelChoice(few_rows="rows_gemm", rows=tuning)
         for name, tuning in ROWS_TUNINGS.items()
     },
-    "rows_gemm, fused attention": KernelChoice(few_rows="rows_gemm", attention="fused"),
+    "rows_gemm, separate attention": KernelChoice(few_rows="rows_gemm", attention="separate"),
 }
 
 
