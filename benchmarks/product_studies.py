@@ -31,14 +31,9 @@ VARIANTS = {
 }
 ROWS_TUNINGS = {
     "rows_gemm": RowsTuning(),
-    "no early copies": RowsTuning(early=False),
-    "next starts with x": RowsTuning(release="with x"),
-    "next starts with copies": RowsTuning(release="with copies"),
-    "weights kept in L2": RowsTuning(evict_first=False),
-    "8 warps, 6 x 256 bytes": RowsTuning(piece=256, stages=6),
-    "8 warps, 2 x 512 bytes": RowsTuning(stages=2),
-    "4 warps, 3 x 1 KB": RowsTuning(warps=4, piece=1024),
-    "4 warps, 6 x 512 bytes": RowsTuning(warps=4, stages=6),
+    "2 slots of 2 KB": RowsTuning(stages=2),
+    "4 slots of 2 KB": RowsTuning(stages=4),
+    "6 slots of 1 KB": RowsTuning(piece=1024, stages=6),
 }
 FEW_ROWS = {
     "stream_gemm": KernelChoice(few_rows="stream_gemm"),

@@ -31,12 +31,20 @@ def meaning(
     bias: bool,
     residual: bool,
     activation: str | None,
+    *,
+    divides_sums: bool = False,
 ) -> torch.Tensor:
-    """What is meant, the sums in float32."""
+    """What is meant, the sums in float32. divides_sums: a norm multiplies x by its weights, and
+    divides the sums, which are linear in x; what is rounded then is not quite the same."""
     x, dtype = tensors["x"], tensors["x"].dtype
-    if norm:
+    if norm and not divides_sums:
         (x,) = REFERENCE["rms_norm"]([x, tensors["norm"]], {"eps": EPS}, LOCAL)
+    elif norm:
+        scale = (x.float().square().mean(1, keepdim=True) + EPS).rsqrt()
+        x = x * tensors["norm"]
     sums = x.float() @ tensors["weight"].float().T
+    if norm and divides_sums:
+        sums = sums * scale
     product = (sums + tensors["bias"].float() if bias else sums).to(dtype)
     if activation:
         attrs = {"activation": activation}

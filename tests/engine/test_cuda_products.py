@@ -84,10 +84,18 @@ def test_what_rows_gemm_does_not_take_goes_on() -> None:
     chosen = KernelChoice(few_rows="rows_gemm")
     found = entries(decodes(REAL[2], chosen)[4])  # over 18944 elements for the last of a layer
     assert (found["rows_gemm"], found["Matmul"]) == (4, 1)
-    found = entries(decodes(REAL[3], chosen)[4])  # over 6912
-    assert (found["rows_gemm"], found["stream_gemm"]) == (4, 1)
+    found = entries(decodes(REAL[3], chosen)[4])  # over 6912, which stream_gemm.cu would take
+    assert (found["rows_gemm"], found["stream_gemm"]) == (5, 0)
     whole = of_dtype(MODELS["wide"], "float32")
     assert set(entries(decodes(whole, chosen)[4])).isdisjoint({"rows_gemm", "stream_gemm"})
+
+
+def test_rows_gemm_norms_what_cannot_overflow() -> None:
+    chosen = KernelChoice(few_rows="rows_gemm")
+    for dtype, separate in (("bfloat16", 0), ("float16", 3)):
+        one = dataclasses.replace(MODELS["wide"], num_layers=1, sliding_window=(None,))
+        found = entries(decodes(of_dtype(one, dtype), chosen)[4])
+        assert (found["rows_gemm"], found["rms_norm"]) == (5, separate)
 
 
 def test_the_scratch_is_as_large_as_the_product_that_needs_most_of_it() -> None:
@@ -97,8 +105,9 @@ def test_the_scratch_is_as_large_as_the_product_that_needs_most_of_it() -> None:
         for call in (i.call for i in program.instructions)
         if isinstance(call, Launch) and call.kernel.entry == "rows_gemm"
     ]
-    # 4 blocks share the rows of the last product of the layer, 8 rows of x, float32.
-    assert sums == [1, 1, 1, 4 * 4096 * 8, 1]
+    # 4 blocks share the rows of the last product of the layer: features and squares of 8 rows of x
+    # for each, float32.
+    assert sums == [1, 1, 1, 4 * 4097 * 8, 1]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +179,7 @@ def test_the_benchmark_has_every_product_by_the_kernel_that_it_names(
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_benchmark_expects_what_the_ops_mean(benchmark: ModuleType, rows: int) -> None:
     study = benchmark.study_of(rows)
-    choice = KernelChoice("gemv", few_rows="rows_gemm", rows=RowsTuning(warps=4))
+    choice = KernelChoice("gemv", few_rows="rows_gemm", rows=RowsTuning(stages=2))
     config = dataclasses.replace(MODELS["wide-biases"], num_layers=1, sliding_window=(None,))
     torch.manual_seed(1)
     seen = set()

@@ -38,7 +38,7 @@ VARIANTS = {
 FEW_ROWS = {
     "stream_gemm": KernelChoice(few_rows="stream_gemm"),
     "torch": KernelChoice(few_rows="torch"),
-    "4 warps": KernelChoice(few_rows="rows_gemm", rows=RowsTuning(warps=4, piece=256)),
+    "small pieces": KernelChoice(few_rows="rows_gemm", rows=RowsTuning(piece=512)),
 }
 
 

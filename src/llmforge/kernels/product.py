@@ -20,7 +20,7 @@ OVERHEAD_BYTES = 2 << 10  # of a block, for its barriers and the system
 
 @dataclass(frozen=True, kw_only=True)
 class RingTuning:
-    """EARLY, EVICT_FIRST and RELEASE of gemv.cu and rows_gemm.cu."""
+    """EARLY, EVICT_FIRST and RELEASE of gemv.cu."""
 
     early: bool = True
     evict_first: bool = True

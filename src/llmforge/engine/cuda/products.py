@@ -13,7 +13,7 @@ from llmforge.kernels import launch as kernels
 from llmforge.kernels.attention import Cache, SplitScratch
 from llmforge.kernels.gemv import gemv, gemv_plan
 from llmforge.kernels.launch import Launch, Operand
-from llmforge.kernels.rows import rows_gemm, rows_plan
+from llmforge.kernels.rows import rows_gemm, rows_plan, rows_scratch_floats
 from llmforge.kernels.stream import StreamScratch
 from llmforge.model.graph import Node
 
@@ -47,6 +47,8 @@ def _norms(low: Lowering, node: Node) -> bool:
     kernel, weight = kernel_of(low, node), low.operand(node.inputs[1])
     if kernel in ("torch", "wide_gemm"):
         return False
+    if kernel == "rows_gemm":
+        return weight.dtype == "bfloat16"
     return kernel == "gemv" or _split(low, kernel, weight) == 1
 
 
@@ -118,7 +120,11 @@ def _launch_of(
         return partial(gemv, out, x, weight, low.choice.gemv)
     features, split = weight.shape[0], _split(low, kernel, weight)
     assert isinstance(features, int)
-    scratch = _scratch(stream.stream_scratch_floats(features, split) if split > 1 else 1)
+    if kernel == "rows_gemm":
+        floats = rows_scratch_floats(features, split)
+    else:
+        floats = stream.stream_scratch_floats(features, split) if split > 1 else 1
+    scratch = _scratch(floats)
     if kernel == "rows_gemm":
         return partial(rows_gemm, out, x, weight, scratch, low.choice.rows)
     return partial(stream.stream_gemm, out, x, weight, scratch)

@@ -39,7 +39,7 @@ AttentionKernel = Literal["separate", "fused"]
 class KernelChoice:
     """What computes the products of decode steps of one token, and of 2 to 8 (None: what was
     fastest at the model's width), where the GPU has bulk copies: gemv.cu and rows_gemm.cu leave the
-    shapes that they do not take to stream_gemm.cu, and that to torch. What computes those of 33 to
+    shapes that they do not take to stream_gemm.cu, and that to torch. What computes those of 17 to
     128, where it has products of warpgroups: wide_gemm.cu leaves what it does not take to torch.
     And what follows the product of q, k and v in decode steps: qkv.cu and the kernels of attention
     ("separate"), or decode_attention.cu ("fused"), which leaves what it does not take to those."""
@@ -50,7 +50,7 @@ class KernelChoice:
     decode: DecodeTuning = DEFAULT_DECODE_TUNING
     few_rows: Literal["stream_gemm", "rows_gemm", "torch"] | None = None
     rows: RowsTuning = DEFAULT_ROWS
-    many_rows: Literal["wide_gemm", "torch"] = "torch"
+    many_rows: Literal["wide_gemm", "torch"] = "wide_gemm"
 
 
 MEASURED = KernelChoice()
