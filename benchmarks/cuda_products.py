@@ -80,7 +80,7 @@ def weight_of(call: Launch) -> Operand:
     """The weights of one of our products."""
     weight = call.arguments[2]
     if isinstance(weight, TensorMap):
-        weight = weight.weight
+        weight = weight.matrix
     assert isinstance(weight, Operand)
     return weight
 
