@@ -142,3 +142,18 @@ def test_every_instruction_of_a_step_of_many_tokens(name: str) -> None:
         kernels = [i.call.kernel for i in cuda.instructions(batch) if isinstance(i.call, Launch)]
         assert [kernel.entry for kernel in kernels].count("wide_gemm") == 5
         check_instructions(cuda, graph, weights, batch, LOCAL, "bfloat16")
+
+
+def test_every_instruction_of_a_short_prompt_where_long_ones_fit() -> None:
+    config = dataclasses.replace(
+        of_dtype(MODELS["wide"], "bfloat16"), num_layers=1, sliding_window=(None,)
+    )
+    limits = dataclasses.replace(LIMITS, max_num_tokens=200)
+    graph = CudaTarget().prepare(trace(config, Topology(), 0))
+    weights = RandomWeights(config, seed=5)
+    with emulated_gpu():
+        cuda = emulated(graph, weights, limits, choice=KernelChoice(many_rows="wide_gemm"))
+        batch = Driver(limits, config.vocab_size, 3, (70, 30)).batch([41, 30])
+        kernels = [i.call.kernel for i in cuda.instructions(batch) if isinstance(i.call, Launch)]
+        assert [kernel.entry for kernel in kernels].count("wide_gemm") == 4
+        check_instructions(cuda, graph, weights, batch, LOCAL, "bfloat16")

@@ -6,7 +6,7 @@ DEVICE float activation(float x) {
 #if defined(DTYPE_FLOAT32)
     return x / (1.0f + expf(-x));
 #else
-    return __fdividef(x, 1.0f + __expf(-x));  // a fifth of the code, exact to far more than 16 bits
+    return __fdividef(x, 1.0f + __expf(-x));  // far less code, exact to far more than 16 bits
 #endif
 #elif defined(ACTIVATION_GELU)
     return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
