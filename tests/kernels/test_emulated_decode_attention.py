@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cuda_models import LIMITS, MODELS, Driver, RandomWeights, of_dtype, steps, tolerance
 from emulation.bench import Bench
 from emulation.build import unavailable
@@ -25,7 +26,16 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from attention_cases import CASES, RAGGED, Case, compare, drawn, plan_of, wrong  # noqa: E402
+from attention_cases import (  # noqa: E402
+    CASES,
+    RAGGED,
+    Case,
+    compare,
+    drawn,
+    launches,
+    plan_of,
+    wrong,
+)
 
 
 def check(case: Case, processors: int, seed: int = 0) -> None:
@@ -85,6 +95,24 @@ def test_keys_are_divided(how: str, case: Case, processors: int, warps: tuple[in
         chosen = dataclasses.replace(case, warps=each)
         assert division(chosen, processors) == how, chosen
         check(chosen, processors)
+
+
+def test_parts_of_pairs_have_a_price() -> None:
+    case, processors = Case((3000, 1, 3, 40), head_dim=16, warps=2), 6
+    bench = Bench()
+    bench.tensors = drawn(case, 0)
+    launch, _ = launches(case, bench.tensors, fused=True)
+    bench.run(launch, sequences=len(case.lens), processors=processors)
+    plan = plan_of(case)
+    blocks = plan.blocks * processors
+    found = bench.tensors["division"].flatten()[: blocks * plan.block_ints].view(blocks, -1)
+    sequence, begin, share = found[:, 0], found[:, 2], found[0, 7]
+    pad = plan.pair_cost * plan.warps // 2
+    places = case.kv_heads * sum(-(-n // 16) + pad for n in case.lens)
+    assert share == -(-places // blocks) and set(found[:, 6].tolist()) == {pad}
+    lens = torch.tensor(case.lens)[sequence.clamp(min=0)]
+    assert ((sequence < 0) | (begin * 16 < lens)).all(), "no block begins behind a pair's keys"
+    assert (sequence[:-1] <= sequence[1:]).all() and sequence[-1] == len(case.lens) - 1
 
 
 @pytest.mark.parametrize("warps", [1, None])
