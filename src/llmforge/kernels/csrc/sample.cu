@@ -14,6 +14,7 @@ struct Params {
 };
 
 #define LOADS 8  // a thread has under way
+#define PACKS (VOCAB / WIDTH)
 #define SEEN_WORDS ((VOCAB + 31) / 32)
 #define MASS_SCALE 35184372088832.0  // 2^45: sums of 2^18 weights of at most 1 fit 63 bits
 
@@ -202,22 +203,27 @@ sample(int* tokens, float* largest, const T* logits, const Params* params, const
     }
     float best = 0;
     int token = -1;
-    // Several loads at a time: one after another they would take most of the time.
     const Pack<WIDTH>* packs = (const Pack<WIDTH>*)row.logits;
-    for (int first = threadIdx.x; first < VOCAB / WIDTH; first += LOADS * THREADS) {
-        Pack<WIDTH> loaded[LOADS];
+    auto take = [&](float x, int id) {
+        if (token < 0 || (!(x <= best) && best == best)) best = x, token = id;
+    };
+    if (row.seen) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < VOCAB; i += THREADS) take(row.score(i), i);
+    } else {
+        // Several loads at a time: one after another they would take most of the time.
+#pragma unroll 1
+        for (int first = threadIdx.x; first < PACKS; first += LOADS * THREADS) {
+            Pack<WIDTH> loaded[LOADS];
 #pragma unroll
-        for (int l = 0; l < LOADS; l++)
-            if (first + l * THREADS < VOCAB / WIDTH) loaded[l] = packs[first + l * THREADS];
+            for (int l = 0; l < LOADS; l++)
+                if (first + l * THREADS < PACKS) loaded[l] = packs[first + l * THREADS];
 #pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            const int i = first + l * THREADS;
-            if (i >= VOCAB / WIDTH) break;
-            if (token < 0) best = row.penalised(to_float(loaded[l].v[0]), token = i * WIDTH);
+            for (int l = 0; l < LOADS; l++) {
+                const int i = first + l * THREADS;
+                if (i >= PACKS) break;
 #pragma unroll
-            for (int j = 0; j < WIDTH; j++) {
-                const float x = row.penalised(to_float(loaded[l].v[j]), i * WIDTH + j);
-                if (!(x <= best) && best == best) best = x, token = i * WIDTH + j;
+                for (int j = 0; j < WIDTH; j++) take(to_float(loaded[l].v[j]), i * WIDTH + j);
             }
         }
     }
