@@ -251,9 +251,14 @@ class _Waiting:
         self.limits, self.step, self.close = executable.limits, executable.step, executable.close
 
 
-def check_running_ahead(executable: Any, vocab_size: int, count: int) -> None:
-    """The tokens of steps that begin before those of the step before are known are the same. Of the
-    requests some end where a token happens to come, the others at their length."""
+def check_running_ahead(
+    executable: Any, vocab_size: int, count: int, *, ends_early: bool = True
+) -> None:
+    """The tokens of steps that begin before those of the step before are known are the same.
+    ends_early: some of the requests end where a token happens to come, the others at their length.
+    The step after such an end has a sequence more when it has begun ahead, so another kernel may
+    compute it: tokens are then the same in float32 alone, as logits of two bytes are rounded
+    otherwise."""
     rng = np.random.default_rng(6)
 
     def tokens(most: int) -> list[int]:
@@ -265,7 +270,7 @@ def check_running_ahead(executable: Any, vocab_size: int, count: int) -> None:
             tuple(tokens(50)),
             int(rng.integers(1, 40)),
             SamplingParams(temperature=float(index % 3), seed=index),
-            eos_token_ids=frozenset(tokens(24)),
+            eos_token_ids=frozenset(tokens(24)) if ends_early else frozenset(),
         )
         for index in range(count)
     ]
@@ -274,7 +279,7 @@ def check_running_ahead(executable: Any, vocab_size: int, count: int) -> None:
         for each in (executable, _Waiting(executable))
     )
     assert [c.token_ids for c in ahead] == [c.token_ids for c in waiting]
-    assert {c.finish_reason for c in ahead} == {"eos", "length"}
+    assert {c.finish_reason for c in ahead} == ({"eos", "length"} if ends_early else {"length"})
 
 
 class Driver:
