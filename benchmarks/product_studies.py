@@ -12,17 +12,11 @@ from llmforge.kernels.rows import RowsTuning
 
 TUNINGS = {
     "gemv": GemvTuning(),
-    "no early copies": GemvTuning(early=False),
-    "next starts with x": GemvTuning(release="with x"),
-    "next starts with copies": GemvTuning(release="with copies"),
-    "weights kept in L2": GemvTuning(evict_first=False),
-    "4 warps, 3 x 8 KB": GemvTuning(warps=4, piece=8192),
-    "4 warps, 6 x 4 KB": GemvTuning(warps=4, stages=6),
-    "6 warps, 2 x 8 KB": GemvTuning(warps=6, piece=8192, stages=2),
-    "8 warps, 6 x 2 KB": GemvTuning(piece=2048, stages=6),
-    "12 warps, 2 x 4 KB": GemvTuning(warps=12, stages=2),
-    "8 warps, 2 x 4 KB": GemvTuning(stages=2),
-    "2 blocks, 4 warps, 3 x 4 KB": GemvTuning(warps=4, blocks=2),
+    "8 warps, 3 x 2 KB": GemvTuning(stages=3),
+    "8 warps, 6 x 2 KB": GemvTuning(stages=6),
+    "8 warps, 2 x 4 KB": GemvTuning(piece=4096, stages=2),
+    "12 warps, 4 x 2 KB": GemvTuning(warps=12),
+    "16 warps, 4 x 1 KB": GemvTuning(warps=16, piece=1024),
 }
 VARIANTS = {
     "stream_gemm": KernelChoice("stream_gemm"),

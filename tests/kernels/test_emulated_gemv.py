@@ -108,10 +108,7 @@ def test_shapes(features: int, k: int, gated: bool) -> None:
     [
         GemvTuning(warps=1, piece=512, stages=1),
         GemvTuning(warps=3, piece=512, stages=5),
-        GemvTuning(warps=2, piece=1024, stages=3, blocks=2),
-        GemvTuning(warps=2, piece=512, stages=2, early=False),
-        GemvTuning(warps=2, piece=512, stages=2, release="with x"),
-        GemvTuning(warps=2, piece=512, stages=2, release="with copies", evict_first=False),
+        GemvTuning(warps=2, piece=1024, stages=3),
         GemvTuning(),
         GemvTuning(warps=4, piece=8192),
     ],

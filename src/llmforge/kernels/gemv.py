@@ -17,7 +17,6 @@ from llmforge.kernels.product import (
     ALONE_BYTES,
     OVERHEAD_BYTES,
     SHARED_BYTES,
-    RingTuning,
     fused_defines,
 )
 
@@ -27,23 +26,20 @@ _MAX_STAGES = 8
 
 
 @dataclass(frozen=True)
-class GemvTuning(RingTuning):
+class GemvTuning:
     """What a measurement is to choose; benchmarks/cuda_products.py is one.
 
     warps: of a block. piece: the most bytes of one copy, less where shared memory does not hold all
-    rings. stages: slots of a warp's ring. blocks: of a multiprocessor, which share its memory."""
+    rings. stages: slots of a warp's ring."""
 
     warps: int = 8
     piece: int = 2048
     stages: int = 4
-    blocks: int = 1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(0 < self.warps <= _MAX_WARPS, f"gemv: 1 to {_MAX_WARPS} warps")
         require(self.piece > 0 and self.piece % _LOAD_BYTES == 0, "gemv: pieces of 512 bytes")
         require(0 < self.stages <= _MAX_STAGES, f"gemv: 1 to {_MAX_STAGES} stages")
-        require(self.blocks > 0, "gemv: at least one block a multiprocessor")
 
 
 DEFAULT_TUNING = GemvTuning()
@@ -63,14 +59,13 @@ def gemv_plan(dtype: str, k: int, tuning: GemvTuning, *, alone: bool = False) ->
     if dtype == "float32" or k % 8:
         return None
     row, slots = 2 * k, tuning.warps * tuning.stages
-    most = (ALONE_BYTES if alone else SHARED_BYTES) // tuning.blocks - OVERHEAD_BYTES
+    most = (ALONE_BYTES if alone else SHARED_BYTES) - OVERHEAD_BYTES
     longest = min(tuning.piece, (most - row) // slots // _LOAD_BYTES * _LOAD_BYTES)
     if longest <= 0:
         return None
     parts = -(-row // longest)
     piece = -(-row // (parts * _LOAD_BYTES)) * _LOAD_BYTES
-    single = alone and tuning.blocks == 1
-    return GemvPlan(piece, most if single else slots * piece + row)
+    return GemvPlan(piece, most if alone else slots * piece + row)
 
 
 def gemv(
@@ -102,7 +97,7 @@ def gemv(
     arguments = (out, x, weight, bias, residual, norm_weight, features, Float(eps))
     spec = specialised(
         "gemv.cu", "gemv", dtype, K=k, WARPS=tuning.warps, PIECE=plan.piece,
-        STAGES=tuning.stages, **fused, **tuning.ring_defines,
+        STAGES=tuning.stages, **fused,
     )  # fmt: skip
-    grid = (Size("processors", tuning.blocks), 1, 1)
+    grid = (Size("processors"), 1, 1)
     return Launch(spec, arguments, grid, tuning.warps * 32, plan.shared_bytes)

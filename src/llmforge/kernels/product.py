@@ -1,41 +1,15 @@
-"""What our own product kernels have in common: the operands that they fuse, and, of those that
-stream rows of weights, how their rings run."""
+"""What our own product kernels have in common: the operands that they fuse, and the room for their
+rings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from llmforge.kernels.launch import Operand, require
-
-Release = Literal["at once", "with x", "with copies"]
-_RELEASES: tuple[Release, ...] = ("at once", "with x", "with copies")
 
 # Of a multiprocessor's 228 KB of shared memory: for the blocks of a product that is alone, two of
 # which do not fit, and for those of one that is not, which fit beside.
 ALONE_BYTES = 117 << 10
 SHARED_BYTES = 110 << 10
 OVERHEAD_BYTES = 2 << 10  # of a block, for its barriers and the system
-
-
-@dataclass(frozen=True, kw_only=True)
-class RingTuning:
-    """EARLY, EVICT_FIRST and RELEASE of gemv.cu."""
-
-    early: bool = True
-    evict_first: bool = True
-    release: Release = "at once"
-
-    def __post_init__(self) -> None:
-        require(self.release in _RELEASES, f"rings: release {self.release!r}")
-
-    @property
-    def ring_defines(self) -> dict[str, int]:
-        return {
-            "EARLY": int(self.early),
-            "EVICT_FIRST": int(self.evict_first),
-            "RELEASE": _RELEASES.index(self.release),
-        }
 
 
 def fused_defines(

@@ -118,7 +118,6 @@ DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier,
     emulation::begin({(char*)target, (const char*)source, bytes, barrier, 0, 0, 0});
 }
 DEVICE u64 evict_first() { return 0; }
-DEVICE u64 evict_normal() { return 0; }
 
 DEVICE void copy_async(void* target, const void* source) {
     if (((size_t)target | (size_t)source) % 16) emulation::fail("a copy of 16 bytes not aligned");

@@ -7,9 +7,8 @@
 //   512. STAGES: slots of each warp's ring, of a piece each.
 //   NORM: x is RMSNorm(x) norm_weight, computed on the way in. BIAS. RESIDUAL: added to the rounded
 //   product. GATED: the weights are those of gate | up, out = activation(gate) up.
-//   EARLY: whether copies begin before the kernel before is complete. EVICT_FIRST: whether the L2
-//   cache drops weights before all else. RELEASE: when the next kernel may start: 0 at once, 1 once x
-//   is in shared memory, 2 once all copies are under way.
+// The next kernel may start at once, and the L2 cache drops weights before all else: both were measured
+// to be faster.
 // weight [features, K]. Grid: any number of blocks.
 #include "common.cuh"
 #include "activation.cuh"
@@ -36,12 +35,7 @@ struct Ring {
     u64 policy;
 
     DEVICE void fill(int at) {
-        if (!rows) {
-#if RELEASE == 2
-            let_next_start();
-#endif
-            return;
-        }
+        if (!rows) return;
         const u32 bytes = ROW_BYTES % PIECE ? min(PIECE, ROW_BYTES - part) : PIECE;
         if (threadIdx.x % 32 == 0) {
             barrier_expect(barriers + at, bytes);
@@ -108,9 +102,7 @@ gemv(T* out, const T* x, const T* weight, const T* bias, const T* residual, cons
      int features, float eps) {
     extern __shared__ __align__(128) char shared[];  // the rings, then x
     __shared__ u64 barriers[WARPS * STAGES];
-#if RELEASE == 0
     let_next_start();
-#endif
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int units = features / HALVES, step = WARPS * gridDim.x;
     const int start = warp * gridDim.x + blockIdx.x;
@@ -126,18 +118,13 @@ gemv(T* out, const T* x, const T* weight, const T* bias, const T* residual, cons
               to_up,
               (step - 1) * (long long)ROW_BYTES - (GATED ? to_up + ROW_BYTES : 0),
               own_units * HALVES, 0, 0, 0,
-              EVICT_FIRST ? evict_first() : evict_normal()};
-#if EARLY
+              evict_first()};
     ring.fill_all();
-#endif
 #if NORM
     uint4 norm_packs[PACKS];
     load_packs(norm_packs, norm_weight);  // now, while there is time
 #endif
     wait_for_previous();
-#if !EARLY
-    ring.fill_all();
-#endif
     uint4 packs[PACKS];
     load_packs(packs, x);
 #if NORM
@@ -161,9 +148,6 @@ gemv(T* out, const T* x, const T* weight, const T* bias, const T* residual, cons
         if (i < K / 8) kept[i] = packs[p];
     }
     __syncthreads();
-#if RELEASE == 1
-    let_next_start();
-#endif
     // In rounds of 32 units, one for each lane to store.
     for (int first = start; first < units; first += 32 * step) {
         const int own = first + lane * step;

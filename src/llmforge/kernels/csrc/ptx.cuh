@@ -133,11 +133,6 @@ DEVICE u64 evict_first() {
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-DEVICE u64 evict_normal() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
 
 // Copies 16 bytes for this thread alone, which waits for its own.
 DEVICE void copy_async(void* target, const void* source) {
