@@ -72,21 +72,28 @@ def division(case: Case, processors: int) -> str:
 
 
 ALL = (1, 2, 4, 8)
+SLOW = pytest.mark.slow  # a kernel for each number of warps, compiled by g++
 
 
 @pytest.mark.parametrize(
     ("how", "case", "processors", "warps"),
     [
         ("whole pairs", Case((40,) * 5), 1, ALL),
-        ("whole pairs", Case(RAGGED), 40, (2, 4, 8)),
-        ("whole pairs", Case((1,)), 6, ALL),
+        pytest.param("whole pairs", Case(RAGGED), 40, (2, 4, 8), marks=SLOW),
+        pytest.param("whole pairs", Case((1,)), 6, ALL, marks=SLOW),
         ("parts", Case((3000,), kv_heads=1), 40, ALL),
-        ("parts", Case((1700, 1650)), 10, (2, 4, 8)),
+        pytest.param("parts", Case((1700, 1650)), 10, (2, 4, 8), marks=SLOW),
         ("parts", Case((900, 700, 500, 300), kv_heads=1, window=650), 5, (1, 2, 4)),
         ("uneven", Case((1700, 1650)), 10, (1,)),
-        ("uneven", Case((3000, 1, 3, 40), head_dim=16), 6, ALL),
+        pytest.param("uneven", Case((3000, 1, 3, 40), head_dim=16), 6, ALL, marks=SLOW),
         ("uneven", Case((800, *RAGGED, 500, 17), kv_heads=1), 3, (2, 4, 8)),
-        ("uneven", Case((3000, *RAGGED), kv_heads=1, head_dim=16, window=2000), 3, (2, 4, 8)),
+        pytest.param(
+            "uneven",
+            Case((3000, *RAGGED), kv_heads=1, head_dim=16, window=2000),
+            3,
+            (2, 4, 8),
+            marks=SLOW,
+        ),
     ],
     ids=str,
 )

@@ -128,7 +128,7 @@ def test_plans_of_a_real_model() -> None:
     assert wide_plan("bfloat16", 129, 64, 64) is None
 
 
-@pytest.mark.parametrize("name", ["wide", "wide-biases"])
+@pytest.mark.parametrize("name", ["wide", pytest.param("wide-biases", marks=pytest.mark.slow)])
 def test_every_instruction_of_a_step_of_many_tokens(name: str) -> None:
     config = dataclasses.replace(
         of_dtype(MODELS[name], "bfloat16"), num_layers=1, sliding_window=(None,)
