@@ -77,6 +77,25 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
     )
 
 
+def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
+    """What sample.cu leaves: "tokens" and "largest"."""
+    rows, vocab = logits.shape
+    params, history = np.zeros(rows, PARAMS), np.zeros(rows * vocab, np.int32)
+    fill_params(params, drawn_by, history)
+    bench = Bench()
+    bench.tensors.update(
+        logits=logits,
+        params=torch.from_numpy(params.view(np.int32)),
+        history=torch.from_numpy(history),
+        seen=torch.zeros(rows * -(-vocab // 32), dtype=torch.int32),
+        tokens=torch.full((rows,), -1, dtype=torch.int32),
+        largest=torch.zeros(rows),
+    )
+    names = ("tokens", "largest", "logits", "params", "history", "seen")
+    bench.run(kernels.sample(*(bench.operand(name) for name in names)))
+    return bench
+
+
 @pytest.mark.parametrize(
     ("vocab", "dtype"), [(301, torch.float32), (1024, torch.bfloat16), (96, torch.float16)]
 )
@@ -91,19 +110,7 @@ def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype):
         SampleRow(random_params(rng), int(rng.integers(2**40)), history)
         for history in rng.integers(0, vocab, (rows, vocab // 2)).astype(np.int32)
     ]
-    params, history = np.zeros(rows, PARAMS), np.zeros(rows * vocab, np.int32)
-    fill_params(params, drawn_by, history)
-    bench = Bench()
-    bench.tensors.update(
-        logits=logits,
-        params=torch.from_numpy(params.view(np.int32)),
-        history=torch.from_numpy(history),
-        seen=torch.zeros(rows * -(-vocab // 32), dtype=torch.int32),
-        tokens=torch.full((rows,), -1, dtype=torch.int32),
-        largest=torch.zeros(rows),
-    )
-    names = ("tokens", "largest", "logits", "params", "history", "seen")
-    bench.run(kernels.sample(*(bench.operand(name) for name in names)))
+    bench = drawn(logits, drawn_by)
     want = sample(logits.float().numpy(), drawn_by)
     assert bench.tensors["tokens"].tolist() == want.tolist()
 
@@ -119,20 +126,8 @@ def test_greedy_tokens_are_the_first_of_the_largest_logits(vocab, dtype):
     logits[4, : at[4]] = -torch.inf
     logits[5, at[5]] = logits[6, 0] = torch.nan
     logits[7, at[7]] = torch.inf
-    params, history = np.zeros(rows, PARAMS), np.zeros(rows, np.int32)
-    greedy = SamplingParams(temperature=0.0)
-    fill_params(params, [SampleRow(greedy, 0, history[:0])] * rows, history)
-    bench = Bench()
-    bench.tensors.update(
-        logits=logits,
-        params=torch.from_numpy(params.view(np.int32)),
-        history=torch.from_numpy(history),
-        seen=torch.zeros(rows * -(-vocab // 32), dtype=torch.int32),
-        tokens=torch.full((rows,), -1, dtype=torch.int32),
-        largest=torch.zeros(rows),
-    )
-    names = ("tokens", "largest", "logits", "params", "history", "seen")
-    bench.run(kernels.sample(*(bench.operand(name) for name in names)))
+    greedy = SampleRow(SamplingParams(temperature=0.0), 0, np.zeros(0, np.int32))
+    bench = drawn(logits, [greedy] * rows)
     torch.testing.assert_close(
         bench.tensors["largest"], logits.float().max(-1).values, equal_nan=True, rtol=0, atol=0
     )
