@@ -72,18 +72,23 @@ MODELS = {
 }
 
 
+def device_seconds(run: Callable[[], Any], repeat: int) -> float:
+    """Seconds of device time that `run` takes on the current stream: the median of `repeat`."""
+    times = []
+    for _ in range(repeat):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times)
+
+
 def read_bandwidth() -> float:
     """Bytes a second that a sum over 8 GB reads: the median of 10."""
     buffer = torch.ones(2 << 30, dtype=torch.float32, device="cuda")
-    seconds = []
-    for _ in range(10):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        buffer.sum()
-        stop.record()
-        stop.synchronize()
-        seconds.append(start.elapsed_time(stop) / 1e3)
-    return buffer.nbytes / statistics.median(seconds)
+    return buffer.nbytes / device_seconds(buffer.sum, repeat=10)
 
 
 def random_weights(graph: Graph) -> dict[str, torch.Tensor]:
@@ -186,16 +191,8 @@ def replayed(calls: Sequence[Callable[[int], None]]) -> Callable[[], float]:
                 call(stream.cuda_stream)
 
     def seconds() -> float:
-        times = []
         with torch.cuda.stream(stream):
-            for _ in range(REPLAYS):
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                graph.replay()
-                stop.record()
-                stop.synchronize()
-                times.append(start.elapsed_time(stop) / 1e3)
-        return statistics.median(times)
+            return device_seconds(graph.replay, REPLAYS)
 
     return seconds
 

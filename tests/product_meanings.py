@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from emulation.bench import Bench
 
+from llmforge.kernels.launch import Launch
 from llmforge.model.reference import DTYPES, LOCAL, REFERENCE
 
 EPS = 1e-5
@@ -50,3 +52,26 @@ def meaning(
         attrs = {"activation": activation}
         (product,) = REFERENCE["gated_activation"](list(product.chunk(2, -1)), attrs, LOCAL)
     return product + tensors["residual"] if residual else product
+
+
+def guarded(bench: Bench, rows: int, features: int, floats: int, counters: int) -> None:
+    """Give a bench with a product's operands its output and scratch, with guards behind them."""
+    dtype = bench.tensors["x"].dtype
+    memory = torch.full((rows * features + GUARD,), float("nan"), dtype=dtype)
+    bench.tensors["guarded"] = memory
+    bench.tensors["out"] = memory[: rows * features].view(rows, features)
+    bench.tensors["partial"] = torch.full((floats + GUARD,), float("nan"))
+    bench.tensors["counters"] = torch.zeros(counters, dtype=torch.int32)
+
+
+def check_twice(bench: Bench, launch: Launch, want: torch.Tensor) -> None:
+    """Compare the rows of a `guarded` product with those meant; the second time it finds what the
+    first has left."""
+    out, allowed = bench.tensors["out"], TOLERANCE[str(bench.tensors["x"].dtype)[6:]]
+    for _ in range(2):
+        out.fill_(float("nan"))
+        bench.run(launch, tokens=len(out))
+        errors = (out.float() - want).norm(dim=1)
+        assert (errors <= allowed * want.norm(dim=1)).all(), errors
+    assert bench.tensors["guarded"][out.numel() :].isnan().all(), "wrote behind its output"
+    assert bench.tensors["partial"][-GUARD:].isnan().all(), "wrote behind its scratch"

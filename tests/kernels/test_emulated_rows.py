@@ -14,7 +14,14 @@ from emulation.build import unavailable
 from emulation.device import PROCESSORS
 from emulation.executable import emulated, emulated_gpu
 from op_meanings import check_instructions
-from product_meanings import EPS, GUARD, TOLERANCE, meaning, random_operands
+from product_meanings import (
+    EPS,
+    TOLERANCE,
+    check_twice,
+    guarded,
+    meaning,
+    random_operands,
+)
 
 from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import CudaTarget
@@ -68,13 +75,10 @@ def check(
     bench.tensors["x"] *= 10.0 ** torch.arange(rows).fmod(3).view(-1, 1).to(DTYPES[dtype])
     for name in ("x", "weight"):
         bench.tensors[name] = at_the_end_of_memory(bench.tensors[name])
-    memory = torch.full((rows * features + GUARD,), float("nan"), dtype=DTYPES[dtype])
-    bench.tensors["out"] = memory[: rows * features].view(rows, features)
     plan = rows_plan(dtype, k, tuning, alone=alone)
     assert plan is not None
     floats = rows_scratch_floats(len(bench.tensors["weight"]), plan.split)
-    bench.tensors["partial"] = torch.full((floats + GUARD,), float("nan"))
-    bench.tensors["counters"] = torch.zeros(PROCESSORS, dtype=torch.int32)
+    guarded(bench, rows, features, floats, PROCESSORS)
     launch = rows_gemm(
         bench.operand("out", "tokens"),
         bench.operand("x", "tokens"),
@@ -92,13 +96,7 @@ def check(
     if norm and features > 100:
         exact = meaning(bench.tensors, norm, bias, residual, activation).float()
         assert ((want - exact).norm(dim=1) <= 2 * TOLERANCE[dtype] * exact.norm(dim=1)).all()
-    for _ in range(2):  # the second finds what the first has left
-        bench.tensors["out"].fill_(float("nan"))
-        bench.run(launch, tokens=rows)
-        errors = (bench.tensors["out"].float() - want).norm(dim=1)
-        assert (errors <= TOLERANCE[dtype] * want.norm(dim=1)).all(), errors
-    assert memory[rows * features :].isnan().all(), "wrote behind its output"
-    assert bench.tensors["partial"][floats:].isnan().all(), "wrote behind its scratch"
+    check_twice(bench, launch, want)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from llmforge.kernels.launch import Launch, Operand, Size, require, specialised
 
-PACK_BYTES = 16
+_PACK_BYTES = 16
 _THREADS = 512
 
 
 def fetch(out: Operand, areas: tuple[Operand, Operand], turn: Operand, nbytes: int) -> Launch:
     """The first bytes of the host's area whose turn it is, to `out`; then it is the other's."""
-    require(nbytes % PACK_BYTES == 0, f"fetch: multiples of {PACK_BYTES} bytes")
+    require(nbytes % _PACK_BYTES == 0, f"fetch: multiples of {_PACK_BYTES} bytes")
     spec = specialised("staging.cu", "fetch", "float32", THREADS=_THREADS)
-    arguments = (out, *areas, turn, nbytes // PACK_BYTES)
+    arguments = (out, *areas, turn, nbytes // _PACK_BYTES)
     return Launch(spec, arguments, (1, 1, 1), _THREADS)
 
 

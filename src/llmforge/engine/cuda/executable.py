@@ -219,11 +219,11 @@ class _Runner:
         self._memory = owner.memory
         self._sizes = owner.sizes
         self._fetch = owner.bind_launch(fetch_launch(program), program)
-        first, *others = program.instructions
+        # The first starts once the step's arrays are there, and so do all behind it.
         self._calls = [
-            owner.bind(first, program, overlap=False)
-        ]  # all behind it has what is fetched
-        self._calls += [owner.bind(instruction, program) for instruction in others]
+            owner.bind(instruction, program, overlap=index > 0)
+            for index, instruction in enumerate(program.instructions)
+        ]
         self._draw: list[Call] = []
         if owner.ranks.rank == 0:  # it draws, whoever computes the logits
             ends = sampling_launch(program), deliver_launch(owner.limits.max_batch_size)

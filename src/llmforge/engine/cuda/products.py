@@ -121,12 +121,9 @@ def _launch_of(
     features, split = weight.shape[0], _split(low, kernel, weight)
     assert isinstance(features, int)
     if kernel == "rows_gemm":
-        floats = rows_scratch_floats(features, split)
-    else:
-        floats = stream.stream_scratch_floats(features, split) if split > 1 else 1
-    scratch = _scratch(floats)
-    if kernel == "rows_gemm":
+        scratch = _scratch(rows_scratch_floats(features, split))
         return partial(rows_gemm, out, x, weight, scratch, low.choice.rows)
+    scratch = _scratch(stream.stream_scratch_floats(features, split) if split > 1 else 1)
     return partial(stream.stream_gemm, out, x, weight, scratch)
 
 

@@ -39,10 +39,10 @@ AttentionKernel = Literal["separate", "fused"]
 class KernelChoice:
     """What computes the products of a step where the GPU has bulk copies: of decode steps of one
     token, and of 2 to 8. gemv.cu and rows_gemm.cu leave the shapes that they do not take to
-    stream_gemm.cu, and that to torch. Where it has products of warpgroups: those of 17 to
-    128, and of prompts as short. wide_gemm.cu leaves what it does not take to torch. And what
-    follows the product of q, k and v in decode steps: qkv.cu and the kernels of attention
-    ("separate"), or decode_attention.cu ("fused"), which leaves what it does not take to those."""
+    stream_gemm.cu, and that to torch. Where it has products of warpgroups: those of 17 to 128, and
+    of prompts as short. wide_gemm.cu leaves what it does not take to torch. And what follows the
+    product of q, k and v in decode steps: qkv.cu and the kernels of attention ("separate"), or
+    decode_attention.cu ("fused"), which leaves what it does not take to those."""
 
     one_row: Literal["stream_gemm", "gemv", "torch"] = "gemv"
     gemv: GemvTuning = DEFAULT_TUNING

@@ -9,7 +9,7 @@
 // Nothing that the kernel before writes may be read, and nothing may be written, before
 // `wait_for_previous`. Every kernel calls both, so a kernel that has waited knows that all kernels
 // before it are complete. (But for decode_plan.cu's result, which decode_attention.cu reads before:
-// that lets nothing start until all is written.)
+// that lets nothing start until all is written; nor does `fetch` of staging.cu.)
 DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

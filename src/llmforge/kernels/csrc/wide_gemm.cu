@@ -12,8 +12,9 @@
 //   BIAS. RESIDUAL: added to the rounded product. GATED: the weights are those of gate | up, a tile has
 //   COLUMNS / 2 rows of each, out = activation(gate) up.
 // x [rows, K] and weight [features, K] are maps, see launch.py. out and residual have row stride
-// out_stride; output features are a multiple of 4. partial: [tiles, SPLIT, 64
-// GROUPS, COLUMNS] float32; counters: an int for each warp and tile, zero before and after. Grid: any number of blocks up to SPLIT * tiles.
+// out_stride; output features are a multiple of 4. partial: [tiles, SPLIT, 64 GROUPS, COLUMNS] float32;
+// counters: an int for each warp and tile, zero before and after. Grid: any number of blocks up to
+// SPLIT * tiles.
 #include "common.cuh"
 #include "activation.cuh"
 #include "wgmma.cuh"
