@@ -173,9 +173,9 @@ def test_followers_run_ahead_as_rank_0_does(workload, ranks):
     assert [list(c.token_ids) for c in done] == [reference(r, tight.max_seq_len) for r in requests]
     alone = AheadToyExecutable(tight)
     serve(alone, requests)
-    for executable in seen:
-        assert executable.ahead == alone.ahead and not executable.unread
-    assert not any(batch.sampling for executable in seen[1:] for batch in executable.batches)
+    assert all(executable.ahead == alone.ahead for executable in seen)
+    for follower in seen[1:]:
+        assert not follower.unread and not any(batch.sampling for batch in follower.batches)
 
 
 def test_the_other_ranks_begin_a_step_before_the_one_before_is_over():
