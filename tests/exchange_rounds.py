@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from op_meanings import TOLERANCE
 
 from llmforge.comm import Comm
+from llmforge.engine.cuda.checking import TOLERANCE
 from llmforge.kernels import collectives
 from llmforge.kernels.collectives import Group
 from llmforge.kernels.launch import Operand

@@ -168,14 +168,13 @@ def every_instruction(comm: Comm, name: str, dtype: str, topology: Topology) -> 
     ranks stop at the same ones: they meet in some."""
     config = of_dtype(MODELS[name], dtype)
     with tempfile.TemporaryDirectory() as directory:
-        config, graph, cuda, _ = loaded(comm, name, dtype, topology, Path(directory))
-        weights = rank_weights(config, 3, topology, comm.rank)
+        config, _, cuda, _ = loaded(comm, name, dtype, topology, Path(directory))
         stage = comm.split(topology.stage(comm.rank))
         for prompts in ((1, 1, 1), (19, 1, 40)):
             batch = Driver(LIMITS, config.vocab_size, 3, prompts).batch(list(prompts))
             sizes = {"tokens": batch.num_tokens, "rows": 3}
             context = Context(comm, stage, sizes)
-            check_instructions(cuda, graph, weights, batch, context, dtype)
+            check_instructions(cuda, batch, context)
         cuda.close()
 
 
