@@ -24,6 +24,12 @@ STEPS, RANKS = str(HERE / "sanitized_steps.py"), str(HERE / "rank_program.py")
 LIMIT = 240  # seconds, for each
 FOUND = 99  # the exit status where a tool found something
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+OPTIONS = {
+    # Calls of the API that fail are how libraries find out what a driver can do.
+    "memcheck": ("--report-api-errors", "no"),
+    # Those of all blocks of a kernel, each of which has a ring of them for every warp.
+    "synccheck": ("--num-cuda-barriers", "65536"),
+}
 # The driver says this where its debugging interface is shut, as in containers under gVisor.
 UNFIT = "Device not supported"
 
@@ -36,9 +42,7 @@ def jobs(sanitizer: str) -> dict[str, list[str]]:
     """The commands, by what is said of them."""
 
     def under(tool: str) -> list[str]:
-        # Calls of the API that fail are how libraries find out what a driver can do.
-        quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
-        options = ["--error-exitcode", str(FOUND), "--print-limit", "10", *quiet]
+        options = ["--error-exitcode", str(FOUND), "--print-limit", "10", *OPTIONS.get(tool, ())]
         return [sanitizer, "--tool", tool, *options, sys.executable]
 
     found = {"memcheck": [*under("memcheck"), STEPS, "all"]}

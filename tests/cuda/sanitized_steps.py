@@ -99,6 +99,7 @@ def run(config: ModelConfig, choice: KernelChoice) -> set[str]:
 def main() -> None:
     started, names = time.monotonic(), set()
     for name, dtype, choice in {"few": FEW, "all": ALL}[sys.argv[1]]:
+        print(f"{name} {dtype}, {time.monotonic() - started:.0f} s", flush=True)
         names |= run(of_dtype(MODELS[name], dtype), choice)
     print(f"{time.monotonic() - started:.0f} s: {', '.join(sorted(names))}")
 

@@ -78,6 +78,8 @@ class CudaExecutable:
         lowered = programs(graph, limits, arch, ranks.links, choice)
         shared = ranks.connect(lowered, self.sizes)
         self.memory = Memory(graph, limits, weights, lowered, self.device, shared)
+        # What fills weights and memory is on the caller's stream, and may not have happened yet.
+        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             runners = [_Runner(program, self) for program in self.memory.programs]
             self._general = [r for r in runners if not r.program.shape.decode]
