@@ -10,8 +10,9 @@ from emulated_target import Rig
 from published import VERSIONS, Module, NotPublished, WrongCall
 from test_emulated_serving import LIMITS, by_cpu, requests_of
 from test_emulated_tensorrt import Rig as EmulatedEngineRig
-from tiny_models import ONE, MemoryCheckpoint, config_of
+from tiny_models import ONE, OWN, MemoryCheckpoint, config_of
 
+from llmforge.engine.tensorrt.network import Network
 from llmforge.errors import BuildError
 from llmforge.parallel import Topology
 
@@ -29,6 +30,21 @@ def test_every_generation_gives_the_tokens_of_the_cpu_target(
         out = tmp_path / str(primitives)
         rig.build(out, checkpoint, LIMITS, ONE, primitives=primitives)
         assert rig.serve(out, ONE, LIMITS, requests, vocab_size) == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", [*(n for n in OWN if "mixture" in n), "mixtral", "deepseek-v3"])
+def test_mixtures_as_8_6_has_them(
+    name: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without TopK, which its compiler crashes on, and with experts side by side."""
+    checkpoint, topology = MemoryCheckpoint(config_of(name)), Topology(ranks, 1)
+    requests = requests_of(checkpoint.config.vocab_size)[:3]
+    rig = Rig(monkeypatch, "8.6")
+    monkeypatch.setattr(Network, "top_k", None)
+    rig.build(tmp_path, checkpoint, LIMITS, topology)
+    tokens = rig.serve(tmp_path, topology, LIMITS, requests, checkpoint.config.vocab_size)
+    assert tokens == by_cpu(tmp_path, checkpoint, requests)
 
 
 @pytest.mark.parametrize("version", ["8.6", "10.13", "10.16", "11.1"])

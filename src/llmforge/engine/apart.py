@@ -179,7 +179,7 @@ class _Worker:
         hint = ""
         if status == -signal.SIGKILL:
             hint = "; the machine may be out of memory"
-        elif status < 0:  # a fault of the package's, as mixtures cause in tensorrt 8.6
+        elif status < 0:  # a fault of the package's
             hint = "; another version of its package, or another --target, may build this model"
         last = f"; its last words: {said[-1]}" if said else ""
         return f"the compiler's process was ended {how}{hint}{last}"

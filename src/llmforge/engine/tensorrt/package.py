@@ -18,6 +18,7 @@ the names in the last column, so a version that is not in this table is used for
     rotary embedding     10.15      1.7            INetworkDefinition.add_rotary_embedding
     collectives          10.16      1.7            INetworkDefinition.add_dist_collective
       to be asked for    10.16      no             PreviewFeature.MULTIDEVICE_RUNTIME_10_16
+    top k of experts     10.0       1.7            STRONGLY_TYPED (8.6 has TopK, and crashes on it)
     several GPU kinds    no         1.7            ComputeCapability
     timing cache         10.0       no (no effect) no ComputeCapability, and strong typing
     profile sharing      8.6        no (always)    PreviewFeature.PROFILE_SHARING_0806
@@ -64,6 +65,7 @@ class Features:
     cache_update: bool
     rotary: bool
     collective: bool
+    top_k: bool
     compute_capabilities: bool
     timing_cache: bool
     profile_sharing: bool
@@ -71,9 +73,11 @@ class Features:
 
     @property
     def layers_per_engine(self) -> int | None:
-        """The most layers that an engine should have; None: any number. TensorRT 8.6 compiles an
-        engine on one core, in a time that grows faster than its layers: 5 of 256 features take 40
-        s, 16 of 2048 more than six minutes. Several engines can be built side by side."""
+        """The layers that an engine should have; None: any number. TensorRT 8.6 compiles an engine
+        on one core, each profile once for each format that its inputs can have (three in float16),
+        in a time that grows faster than its layers: 5 of 256 features take 40 s, 16 of 2048 more
+        than six minutes. Several engines can be built side by side. Engines of one layer are not
+        faster, and do not always load in float16 ("missing offset in id2offset")."""
         return None if self.strongly_typed else 2
 
 
@@ -90,6 +94,8 @@ def _features(trt: Any) -> Features:
         cache_update=hasattr(network, "add_kv_cache_update"),
         rotary=hasattr(network, "add_rotary_embedding"),
         collective=hasattr(network, "add_dist_collective"),
+        # That of 8.6 ends the process in most routers: see lowering/experts.py.
+        top_k=hasattr(flags, "STRONGLY_TYPED"),
         compute_capabilities=several,
         # That of 8.6 holds nothing of what Myelin measures, and a build that is given one fails.
         timing_cache=not several and hasattr(flags, "STRONGLY_TYPED"),
@@ -157,6 +163,8 @@ class Package:
         try:
             builder = self.trt.Builder(self.logger)
         except TypeError as error:
+            if self.messages.errors:
+                raise BuildError(self.messages.reason("TensorRT's builder")) from error
             raise BuildError(
                 f"{self.name} builds engines only on a machine with an NVIDIA GPU, and there is "
                 "none here, or its driver is not loaded"

@@ -4,7 +4,7 @@ An exchange (a collective that no engine does itself, send, recv) has a level: h
 exchanges lie before it. A node runs in the earliest round in which its inputs are there, so ranks
 meet as seldom as possible, and exchanges keep the graph's order, which is the same on all ranks.
 
-Where an engine may have so many layers only, what lies in one round is cut further, between layers.
+Where an engine should have so many layers, what lies in one round is cut further, between layers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Segment:
 def cut(
     graph: Graph, is_exchange: Callable[[Node], bool], layers: int | None = None
 ) -> list[Segment | Node]:
-    """Segments and exchanges in the order in which they run. `layers`: the most layers of a
-    segment; None: any number."""
+    """Segments and exchanges in the order in which they run. `layers`: of a segment, where it can
+    be cut so; where that leaves some over, segments have more, never fewer. None: any number."""
     rounds = _levels(graph, is_exchange)
     plan: list[Segment | Node] = []
     last = max(rounds.values(), default=0)
@@ -45,7 +45,7 @@ def cut(
 
 
 def _between_layers(graph: Graph, nodes: list[Node], layers: int | None) -> list[list[Node]]:
-    """The nodes cut where fewest features cross, so that no part has more than `layers`."""
+    """The nodes cut where fewest features cross, into parts of `layers` or some more."""
     if not nodes:
         return []
     attention = [i for i, node in enumerate(nodes) if node.op in ATTENTION]
@@ -59,10 +59,10 @@ def _between_layers(graph: Graph, nodes: list[Node], layers: int | None) -> list
         names = (name for name, i in made.items() if i < at <= last.get(name, -1))
         return sum(int(graph.tensors[name].shape[-1]) for name in names)
 
+    count = max(1, len(attention) // layers)
+    ends = [len(attention) * part // count for part in range(1, count)]
     starts = [0]
-    for last_of_part, next_layer in zip(
-        attention[layers - 1 :: layers], attention[layers::layers], strict=False
-    ):
+    for last_of_part, next_layer in ((attention[end - 1], attention[end]) for end in ends):
         starts.append(min(range(last_of_part + 1, next_layer + 1), key=crossing))
     return [nodes[a:b] for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmforge.engine.step import Limits
 from llmforge.engine.target import Weights
@@ -71,15 +72,19 @@ class Lowering:
 
     def vector(self, parameter: Tensor, shape: tuple[int, ...], dtype: str | None = None) -> Value:
         """A parameter as a constant of this shape (and dtype, where it is not its own)."""
-        assert isinstance(parameter, Parameter)
 
         def constant() -> Value:
-            array = self.weights.map(parameter).reshape(shape)
+            array = self.mapped(parameter).reshape(shape)
             if dtype is not None:
                 array = np.ascontiguousarray(array.astype(dtype))
             return self.net.constant(array)
 
         return self.once((parameter.name, shape, dtype), constant)
+
+    def mapped(self, parameter: Tensor) -> NDArray[Any]:
+        """The values of a parameter; not to be written to."""
+        assert isinstance(parameter, Parameter)
+        return self.weights.map(parameter)
 
     def integers(self, *numbers: int, shape: tuple[int, ...] | None = None) -> Value:
         """A constant of int32 numbers."""
