@@ -102,7 +102,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     replaced = {
         "torch": Torch(), "MODELS": {"tiny": MODEL}, "Ranks": Ranks, "load": load,
         "take_device": lambda comm: None, "read_bandwidth": lambda: 4e12, "replayed": replayed,
-        "random_weights": Weights, "DriverMemory": EmulatedMemory,
+        "random_weights": Weights, "DriverMemory": EmulatedMemory, "REPEAT": 1,
     }  # fmt: skip
     for name, value in replaced.items():
         monkeypatch.setattr(cuda_ranks, name, value)
