@@ -38,7 +38,9 @@ class _Torch:
     """torch, with the processor's memory for that of a GPU of `arch`."""
 
     def __init__(self, arch: str) -> None:
-        stream = SimpleNamespace(synchronize=lambda: None, cuda_stream=0)
+        stream = SimpleNamespace(
+            synchronize=lambda: None, wait_stream=lambda other: None, cuda_stream=0
+        )
         self.cuda = SimpleNamespace(
             current_device=lambda: 0,
             Stream=lambda device: stream,

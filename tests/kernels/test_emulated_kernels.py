@@ -88,20 +88,30 @@ def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
         params=torch.from_numpy(params.view(np.int32)),
         history=torch.from_numpy(history),
         seen=torch.zeros(rows * -(-vocab // 32), dtype=torch.int32),
+        bests=torch.full((rows, 2 * kernels.sample_parts(vocab)), -1, dtype=torch.int32),
+        arrived=torch.zeros(rows, dtype=torch.int32),
         tokens=torch.full((rows,), -1, dtype=torch.int32),
         largest=torch.zeros(rows),
     )
-    names = ("tokens", "largest", "logits", "params", "history", "seen")
-    bench.run(kernels.sample(*(bench.operand(name) for name in names)))
+    names = ("tokens", "largest", "logits", "params", "history")
+    scratch = (bench.operand(name) for name in ("seen", "bests", "arrived"))
+    call = kernels.sample(*map(bench.operand, names), kernels.SampleScratch(*scratch))
+    bench.run(call)
+    assert not bench.tensors["arrived"].any(), "the next step counts from zero"
     return bench
 
 
 @pytest.mark.parametrize(
-    ("vocab", "dtype"), [(301, torch.float32), (1024, torch.bfloat16), (96, torch.float16)]
-)
-def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype):
-    """Logits of few different values, so that many are equal at every bound."""
-    rng, rows = np.random.default_rng(vocab), 120
+    ("vocab", "dtype", "rows"),
+    [
+        (301, torch.float32, 120), (1024, torch.bfloat16, 120), (96, torch.float16, 120),
+        (16_400, torch.bfloat16, 8),
+    ],
+)  # fmt: skip
+def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype, rows):
+    """Logits of few different values, so that many are equal at every bound; in the last case two
+    blocks share a row."""
+    rng = np.random.default_rng(vocab)
     steps = torch.from_numpy(rng.integers(-12, 13, (rows, vocab))) / 8
     logits = torch.where(torch.from_numpy(rng.random((rows, vocab)) < 0.02), -torch.inf, steps)
     logits[:, 0] = 0.0  # no row has nothing but -inf

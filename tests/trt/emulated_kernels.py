@@ -45,8 +45,8 @@ def draw(
     defines: dict[str, Any],
     grid: tuple[int, ...],
 ) -> None:
-    tokens, largest, logits, params, history, _ = arguments
-    rows = grid[0]
+    tokens, largest, logits, params, history, *_ = arguments
+    rows = grid[0] // defines["PARTS"]
     values = logits.array(rows, defines["VOCAB"]).astype(np.float32)
     given = memory.array(params.address, PARAMS, rows)
     for row in range(rows):

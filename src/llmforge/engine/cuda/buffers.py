@@ -16,7 +16,7 @@ from llmforge.engine.step import Limits, StepBatch
 from llmforge.kernels.attention import split_scratch_sizes
 from llmforge.kernels.collectives import PARTS
 from llmforge.kernels.decode_attention import MAX_BLOCKS
-from llmforge.kernels.launch import Launch, Operand
+from llmforge.kernels.launch import Launch, Operand, sample_parts
 from llmforge.model.graph import Graph
 from llmforge.model.reference import DTYPES
 
@@ -95,6 +95,8 @@ class Memory:
             "sample.tokens": (2 * batch, torch.int32),
             "sample.history": (batch * limits.max_seq_len, torch.int32),
             "sample.seen": (batch * -(-vocab // 32), torch.int32),
+            "sample.bests": (batch * 2 * sample_parts(vocab), torch.int32),
+            "sample.arrived": (batch, torch.int32),
         }
         gathered = [p.group_slot for p in all_programs if not p.shape.links.group]
         shapes[PARTS] = (max(gathered, default=0), torch.uint8)

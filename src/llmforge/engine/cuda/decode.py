@@ -64,8 +64,8 @@ def fused_attention(
 
 def _division(low: Lowering, cache: Cache, plan: DecodePlan, window: int | None) -> Operand:
     """How the step's keys are divided for a plan and window, once for all layers that have them: by
-    the program's first kernels, for what they write is read before the kernel behind them ends."""
+    kernels that run beside the program's first, and have ended before any that reads it starts."""
     name = f"{DIVISION}{plan.warps}x{plan.blocks}.{cache.kv_heads}.{window or 0}"
     division = Operand(name, (MAX_BLOCKS, plan.block_ints), "int32", plan.block_ints)
-    low.emit_first(divide_keys(division, cache, plan, window=window))
+    low.emit_beside(divide_keys(division, cache, plan, window=window))
     return division

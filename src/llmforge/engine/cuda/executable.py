@@ -70,6 +70,7 @@ class CudaExecutable:
         torch.backends.cuda.matmul.allow_tf32 = False
         self._modules = modules
         self._stream = torch.cuda.Stream(self.device)
+        self.side_stream = torch.cuda.Stream(self.device)  # of instructions beside others
         self.sizes = Sizes(SIZES)
         properties = torch.cuda.get_device_properties(self.device)
         self.sizes.set("processors", properties.multi_processor_count)
@@ -219,9 +220,12 @@ class _Runner:
         self._memory = owner.memory
         self._sizes = owner.sizes
         self._fetch = owner.bind_launch(fetch_launch(program), program)
-        # The first starts once the step's arrays are there, and so do all behind it.
+        self._side = owner.side_stream
+        self._beside, self._joins = program.beside, program.joins
+        # The first start once the step's arrays are there, and so do all behind them.
+        begin = {*range(self._beside + 1), self._joins}
         self._calls = [
-            owner.bind(instruction, program, overlap=index > 0)
+            owner.bind(instruction, program, overlap=index not in begin)
             for index, instruction in enumerate(program.instructions)
         ]
         self._draw: list[Call] = []
@@ -272,9 +276,18 @@ class _Runner:
         )
 
     def _launch_all(self, stop_after: int | None = None) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
+        main = torch.cuda.current_stream()
+        stream = main.cuda_stream
         self._fetch(stream)
-        for call in self._calls if stop_after is None else self._calls[: stop_after + 1]:
+        calls = self._calls if stop_after is None else self._calls[: stop_after + 1]
+        if self._beside:
+            self._side.wait_stream(main)
+            for call in calls[: self._beside]:
+                call(self._side.cuda_stream)
+            for call in calls[self._beside : self._joins]:
+                call(stream)
+            main.wait_stream(self._side)
+        for call in calls[self._joins :]:
             call(stream)
         if stop_after is None and self._sizes.get("rows"):
             for call in self._draw:

@@ -86,7 +86,7 @@ def _rope_table(low: Lowering, node: Node) -> None:
     positions, query_starts, prompt_lens = (low.operand(name) for name in node.inputs)
     out = low.new(node.outputs[0])
     call = kernels.rope_table(out, positions, query_starts, prompt_lens, frequencies, rope=rope)
-    low.emit(call, node.outputs[0])
+    low.emit_beside(call, node.outputs[0])
 
 
 def _rope(low: Lowering, node: Node) -> None:

@@ -84,10 +84,13 @@ Call = Launch | Matmul | HeadMatmul | Transfer
 
 @dataclass(frozen=True)
 class Instruction:
-    """One step of a program, and the graph tensors that are computed once it has run."""
+    """One step of a program, and the graph tensors that are computed once it has run. beside: it
+    reads the step's arrays alone, and may run beside the instructions behind it, up to the first
+    that has a buffer of its own kind in common with it (`Program.joins`). Such come first."""
 
     call: Call
     tensors: tuple[str, ...]
+    beside: bool = False
 
     @property
     def operands(self) -> list[Operand]:
@@ -156,6 +159,21 @@ class Program:
     arena_bytes: int
     group_slot: int = 0
     mail_slot: int = 0
+
+    @property
+    def beside(self) -> int:
+        """How many instructions, the first, may run beside others."""
+        return sum(instruction.beside for instruction in self.instructions)
+
+    @property
+    def joins(self) -> int:
+        """The index of the first instruction that needs what those have written."""
+        first = self.instructions[: self.beside]
+        written = {o.buffer for i in first for o in i.operands if not o.buffer.startswith("step.")}
+        for index, instruction in enumerate(self.instructions):
+            if index >= len(first) and written & {o.buffer for o in instruction.operands}:
+                return index
+        return len(first)
 
     @property
     def kernels(self) -> dict[str, KernelSpec]:

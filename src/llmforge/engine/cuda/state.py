@@ -166,9 +166,10 @@ class Lowering:
         """Append an instruction; `tensors` are computed once it has run."""
         self._instructions.append(Instruction(call, tensors))
 
-    def emit_first(self, call: Call) -> None:
-        """Have a program begin with this instruction, unless it has it already."""
-        instruction = Instruction(call, ())
+    def emit_beside(self, call: Call, *tensors: str) -> None:
+        """Have a program begin with this instruction, unless it has it already, and run it beside
+        those that do not need what it writes. It reads the step's arrays alone."""
+        instruction = Instruction(call, tensors, beside=True)
         if instruction not in self._instructions:
             self._instructions.insert(0, instruction)
 

@@ -10,7 +10,6 @@ from llmforge.kernels.staging import deliver, fetch
 
 # The tokens that a step draws, one a row. The next step may take its own from there.
 DRAWN = Operand("sample.tokens", (1,), "int32", 1)
-_SCRATCH = ("largest", "history", "seen")
 _TURN = Operand("staging.turn", (1,), "int32", 1)
 
 
@@ -23,9 +22,13 @@ def fetch_launch(program: Program) -> Launch:
 def sampling_launch(program: Program) -> Launch:
     """The launch that draws a token for each row of the program's logits."""
     logits = program.operands[program.outputs[0]]
-    largest, history, seen = (Operand(f"sample.{n}", (1,), "int32", 1) for n in _SCRATCH)
+    largest, history, seen, bests, arrived = (
+        Operand(f"sample.{name}", (1,), "int32", 1)
+        for name in ("largest", "history", "seen", "bests", "arrived")
+    )
     params = Operand("step.sampling", (1,), "int32", 1)
-    return kernels.sample(DRAWN, largest, logits, params, history, seen)
+    scratch = kernels.SampleScratch(seen, bests, arrived)
+    return kernels.sample(DRAWN, largest, logits, params, history, scratch)
 
 
 def deliver_launch(max_batch_size: int) -> Launch:

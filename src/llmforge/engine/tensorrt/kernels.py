@@ -21,8 +21,9 @@ SEQUENCES, NEW_TOKENS, TOKENS, ROWS, FIRST_SLOT = (
 SIZES = (SEQUENCES, NEW_TOKENS, TOKENS, ROWS, FIRST_SLOT)
 
 # Buffers besides the plan's tensors.
-DRAWN, LARGEST, HISTORY, SEEN, SAMPLING = (
-    "sample.tokens", "sample.largest", "sample.history", "sample.seen", "sampling",
+DRAWN, LARGEST, HISTORY, SEEN, BESTS, ARRIVED, SAMPLING = (
+    "sample.tokens", "sample.largest", "sample.history", "sample.seen", "sample.bests",
+    "sample.arrived", "sampling",
 )  # fmt: skip
 
 
@@ -65,14 +66,16 @@ def sample_launch(plan: RankPlan) -> Launch | None:
     logits = plan.tensors[plan.logits]
     vocab = logits.shape[-1]
     assert isinstance(vocab, int)
-    scratch = {name: Operand(name, (1,), "int32", 1) for name in (DRAWN, HISTORY, SEEN, SAMPLING)}
+    drawn, history, seen, bests, arrived, params = (
+        Operand(name, (1,), "int32", 1) for name in (DRAWN, HISTORY, SEEN, BESTS, ARRIVED, SAMPLING)
+    )
     return kernels.sample(
-        scratch[DRAWN],
+        drawn,
         Operand(LARGEST, (1,), "float32", 1),
         Operand(logits.name, (ROWS, vocab), logits.dtype, vocab),
-        scratch[SAMPLING],
-        scratch[HISTORY],
-        scratch[SEEN],
+        params,
+        history,
+        kernels.SampleScratch(seen, bests, arrived),
     )
 
 

@@ -21,6 +21,8 @@ from llmforge.engine.tensorrt.io import (
     Profile,
 )
 from llmforge.engine.tensorrt.kernels import (
+    ARRIVED,
+    BESTS,
     DRAWN,
     HISTORY,
     LARGEST,
@@ -29,7 +31,7 @@ from llmforge.engine.tensorrt.kernels import (
     cache_groups,
 )
 from llmforge.engine.tensorrt.plan import RankPlan, Step
-from llmforge.kernels.launch import DTYPE_BYTES
+from llmforge.kernels.launch import DTYPE_BYTES, sample_parts
 from llmforge.model.graph import Tensor
 
 ALIGNMENT = 256
@@ -118,6 +120,8 @@ class Memory:
         self._addresses[LARGEST] = self._addresses[DRAWN] + 4 * self.rows
         self._addresses[HISTORY] = self._device.allocate(4 * self.rows * limits.max_seq_len)
         self._addresses[SEEN] = self._device.allocate(4 * self.rows * -(-vocab // 32))
+        self._addresses[BESTS] = self._device.allocate(8 * self.rows * sample_parts(vocab))
+        self._addresses[ARRIVED] = self._device.allocate(4 * self.rows)
 
     def _uploaded(self, array: NDArray[np.uint64]) -> int:
         address = self._device.allocate(array.nbytes)

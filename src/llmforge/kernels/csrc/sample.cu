@@ -1,8 +1,10 @@
 // Draws one token for each row of logits: runtime/sampling.py on the device (its filters in the same
 // order, its noise bit for bit), with what is needed of float64 in float64.
-//   VOCAB: tokens. WIDTH: logits a load. THREADS: block size. Grid: one block a row.
+//   VOCAB: tokens. WIDTH: logits a load. THREADS: block size. PARTS: blocks that share a row's logits
+//   to find the largest; the last of them to end goes on alone. Grid: PARTS blocks a row.
 // tokens [rows]: the token. largest [rows]: the largest logit, for the host to refuse NaN and inf.
-// seen: a bit a token, [rows, ceil(VOCAB / 32)], scratch for the repetition penalty.
+// seen: a bit a token, [rows, ceil(VOCAB / 32)], scratch for the repetition penalty. bests
+// [rows, PARTS]: scratch. arrived: an int a row, zero before and after.
 #include "common.cuh"
 
 struct Params {
@@ -13,8 +15,9 @@ struct Params {
     int history_start, history_len;
 };
 
-#define LOADS 8  // a thread has under way
+#define LOADS 4  // a thread has under way
 #define PACKS (VOCAB / WIDTH)
+#define SHARE ((PACKS + PARTS - 1) / PARTS)  // of a block
 #define SEEN_WORDS ((VOCAB + 31) / 32)
 #define MASS_SCALE 35184372088832.0  // 2^45: sums of 2^18 weights of at most 1 fit 63 bits
 
@@ -70,6 +73,35 @@ DEVICE void block_best(V& value, int& token) {
     value = values[0], token = ids[0];
     for (int i = 1; i < THREADS / 32; i++)
         if (better(values[i], ids[i], value, token)) value = values[i], token = ids[i];
+}
+
+struct Best {
+    float value;
+    int token;
+};
+
+// Leaves a part's best with those of the row's others. Returns whether the block is the last of them;
+// then the best is the row's.
+DEVICE bool join_parts(Best& best, Best* parts, int part, int* arrived) {
+#if PARTS > 1
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        parts[part] = best;
+        __threadfence();
+        last = atomicAdd(arrived, 1) == PARTS - 1;
+        if (last) *arrived = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last) return false;
+    best.token = -1;
+    if (threadIdx.x < PARTS) {
+        const int2 bits = __ldcg((const int2*)parts + threadIdx.x);
+        best = {__int_as_float(bits.x), bits.y};
+    }
+    block_best(best.value, best.token);
+#endif
+    return true;
 }
 
 // The key of the k-th largest score: a radix descent over the ordered keys, 8 bits at a time.
@@ -184,14 +216,41 @@ DEVICE void find_nucleus(Kept& kept, const Row& row, double top_p, u64* histogra
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 sample(int* tokens, float* largest, const T* logits, const Params* params, const int* history,
-       u32* seen) {
+       u32* seen, Best* bests, int* arrived) {
     __shared__ u64 histogram[256];
     let_next_start();
     wait_for_previous();
-    const Params p = params[blockIdx.x];
-    Row row{logits + (size_t)blockIdx.x * VOCAB, nullptr, p.penalty};
-    if (p.penalty != 1.0f && p.history_len > 0) {
-        u32* bits = seen + (size_t)blockIdx.x * SEEN_WORDS;
+    const int index = blockIdx.x / PARTS, part = blockIdx.x % PARTS;
+    const Params p = params[index];
+    Row row{logits + (size_t)index * VOCAB, nullptr, p.penalty};
+    const bool penalised = p.penalty != 1.0f && p.history_len > 0;
+    Best best{0, -1};
+    auto take = [&](float x, int id) {
+        if (best.token < 0 || (!(x <= best.value) && best.value == best.value)) best = {x, id};
+    };
+    if (!penalised) {
+        const Pack<WIDTH>* packs = (const Pack<WIDTH>*)row.logits;
+        const int end = min((part + 1) * SHARE, PACKS);
+        // Several loads at a time: one after another they would take most of the time.
+#pragma unroll 1
+        for (int first = part * SHARE + threadIdx.x; first < end; first += LOADS * THREADS) {
+            Pack<WIDTH> loaded[LOADS];
+#pragma unroll
+            for (int l = 0; l < LOADS; l++)
+                if (first + l * THREADS < end) loaded[l] = packs[first + l * THREADS];
+#pragma unroll
+            for (int l = 0; l < LOADS; l++) {
+                const int i = first + l * THREADS;
+                if (i >= end) break;
+#pragma unroll
+                for (int j = 0; j < WIDTH; j++) take(to_float(loaded[l].v[j]), i * WIDTH + j);
+            }
+        }
+        block_best(best.value, best.token);
+    }
+    if (!join_parts(best, bests + index * PARTS, part, arrived + index)) return;
+    if (penalised) {
+        u32* bits = seen + (size_t)index * SEEN_WORDS;
         for (int i = threadIdx.x; i < SEEN_WORDS; i += THREADS) bits[i] = 0;
         __syncthreads();
         for (int i = threadIdx.x; i < p.history_len; i += THREADS) {
@@ -200,41 +259,17 @@ sample(int* tokens, float* largest, const T* logits, const Params* params, const
         }
         __syncthreads();
         row.seen = bits;
-    }
-    float best = 0;
-    int token = -1;
-    const Pack<WIDTH>* packs = (const Pack<WIDTH>*)row.logits;
-    auto take = [&](float x, int id) {
-        if (token < 0 || (!(x <= best) && best == best)) best = x, token = id;
-    };
-    if (row.seen) {
 #pragma unroll 1
         for (int i = threadIdx.x; i < VOCAB; i += THREADS) take(row.score(i), i);
-    } else {
-        // Several loads at a time: one after another they would take most of the time.
-#pragma unroll 1
-        for (int first = threadIdx.x; first < PACKS; first += LOADS * THREADS) {
-            Pack<WIDTH> loaded[LOADS];
-#pragma unroll
-            for (int l = 0; l < LOADS; l++)
-                if (first + l * THREADS < PACKS) loaded[l] = packs[first + l * THREADS];
-#pragma unroll
-            for (int l = 0; l < LOADS; l++) {
-                const int i = first + l * THREADS;
-                if (i >= PACKS) break;
-#pragma unroll
-                for (int j = 0; j < WIDTH; j++) take(to_float(loaded[l].v[j]), i * WIDTH + j);
-            }
-        }
+        block_best(best.value, best.token);
     }
-    block_best(best, token);
-    if (threadIdx.x == 0) tokens[blockIdx.x] = token, largest[blockIdx.x] = best;
-    if (p.temperature == 0.0 || !(fabsf(best) < INFINITY)) return;
-    Kept kept{0, 0, 0, best, p.temperature};
+    if (threadIdx.x == 0) tokens[index] = best.token, largest[index] = best.value;
+    if (p.temperature == 0.0 || !(fabsf(best.value) < INFINITY)) return;
+    Kept kept{0, 0, 0, best.value, p.temperature};
     if (p.top_k > 0 && p.top_k < VOCAB) kept.bound = kth_largest(row, p.top_k, histogram);
     if (p.top_p < 1.0) find_nucleus(kept, row, p.top_p, histogram);
     double highest = 0;
-    token = -1;
+    int token = -1;
     for (int i = threadIdx.x; i < (VOCAB + 3) / 4; i += THREADS) {
         u32 words[4] = {(u32)i, (u32)p.position, (u32)(p.position >> 32), 0};
         philox(words, p.seed);
@@ -252,5 +287,5 @@ sample(int* tokens, float* largest, const T* logits, const Params* params, const
         }
     }
     block_best(highest, token);
-    if (threadIdx.x == 0) tokens[blockIdx.x] = token;
+    if (threadIdx.x == 0) tokens[index] = token;
 }
