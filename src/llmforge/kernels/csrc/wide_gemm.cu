@@ -166,11 +166,15 @@ DEVICE bool add_parts(float (&sums)[COLUMNS / 2], float* partial, int* counters,
     for (int j = 0; j < BLOCKS; j++) {
         float4 parts[SPLIT];
 #pragma unroll
-        for (int p = 0; p < SPLIT; p++) parts[p] = __ldcg(place(p, j));
+        for (int p = 0; p < SPLIT; p++)
+            if (p != part) parts[p] = __ldcg(place(p, j));
+        const float4 own =
+            make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
 #pragma unroll
         for (int i = 0; i < 4; i++) sums[4 * j + i] = 0;
 #pragma unroll
         for (int p = 0; p < SPLIT; p++) {
+            if (p == part) parts[p] = own;
             sums[4 * j] += parts[p].x, sums[4 * j + 1] += parts[p].y;
             sums[4 * j + 2] += parts[p].z, sums[4 * j + 3] += parts[p].w;
         }
