@@ -93,10 +93,11 @@ class Lowering:
         self.constants: dict[str, tuple[float, ...]] = {}
         self.deferred: dict[str, DeferredNorm] = {}
         self.weighed: dict[str, WeighedNorm] = {}
-        self.streamed = (
-            0  # products so far by kernels that share multiprocessors; every second alone
-        )
-        self.group_slot = self.mail_slot = 0  # as Program has them
+        # Products of ours so far: of those that share multiprocessors, every second takes so much
+        # memory that no two blocks of it fit one.
+        self.streamed = 0
+        self.sharing: tuple[Call, ...] = ()  # as Program has it, and so these
+        self.group_slot = self.mail_slot = 0
         self._instructions: list[Instruction] = []
         self._buffers: dict[str, int] = {}
         self._sizes = largest_step(limits) | {
@@ -122,6 +123,7 @@ class Lowering:
             self.constants,
             arena,
             nbytes,
+            self.sharing,
             self.group_slot,
             self.mail_slot,
         )
