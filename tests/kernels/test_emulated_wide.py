@@ -16,13 +16,11 @@ from product_meanings import EPS, check_twice, guarded, meaning, random_operands
 from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import CudaTarget
 from llmforge.kernels.launch import Launch
-from llmforge.kernels.product import SHARED_BYTES
 from llmforge.kernels.stream import StreamScratch
 from llmforge.kernels.wide import (
     InputNorm,
     NextNorm,
     WidePlan,
-    WideTuning,
     squares_shape,
     wide_gemm,
     wide_plan,
@@ -46,7 +44,6 @@ def check(
     activation: str | None = None,
     norm_tiles: int = 0,
     weighs: bool = False,
-    alone: bool = False,
     seed: int = 0,
 ) -> None:
     """Compare a product of `rows` rows that gives `features` features of k elements, twice.
@@ -82,7 +79,6 @@ def check(
         )
         if weighs
         else None,
-        alone=alone,
     )
     norm = norm_tiles > 0
     want = meaning(bench.tensors, norm, bias, residual, activation, divides_sums=norm).float()
@@ -139,17 +135,6 @@ def test_warpgroups_have_64_rows_each(rows: int) -> None:
     check(rows, 24, 192, plan, activation="silu", norm_tiles=5)
 
 
-@pytest.mark.parametrize("rows", [9, 32])
-@pytest.mark.parametrize("alone", [False, True])
-def test_blocks_that_share_a_multiprocessor(rows: int, alone: bool) -> None:
-    """There is one a multiprocessor, with tiles or without."""
-    for features in (32, 32 * 9 + 4):
-        plan = WidePlan(-(-rows // 8) * 8, 32, room=SHARED_BYTES)
-        check(rows, features, 512, plan, residual=True, weighs=True, norm_tiles=2, alone=alone)
-        split = dataclasses.replace(plan, split=2)
-        check(rows, features, 512, split, residual=True, weighs=True, norm_tiles=2, alone=alone)
-
-
 @pytest.mark.parametrize("features", [4, 32, 36, 32 * 9 + 4])
 def test_blocks_compute_several_tiles(features: int) -> None:
     for seed in range(2):
@@ -187,11 +172,8 @@ def test_plans_of_a_real_model() -> None:
     assert wide_plan("bfloat16", 64, 64, 96) is None
     assert wide_plan("bfloat16", 257, 64, 64) is None
     assert plan(256, 28672, 4096, gated=True) == (112, 1)
-    # Where blocks share a multiprocessor they take less of its memory.
-    few = wide_plan("bfloat16", 32, 28672, 4096, gated=True)
-    assert few is not None and few.shares and few.shared_bytes <= SHARED_BYTES
-    whole = wide_plan("bfloat16", 32, 28672, 4096, gated=True, tuning=WideTuning(shared_rows=0))
-    assert whole is not None and not whole.shares and whole.registers == 0
+    # Slots of few features take as long as larger ones: K is divided, not the features further.
+    assert plan(16, 4096, 14336) == (64, 2)
 
 
 @pytest.mark.parametrize("name", ["wide", pytest.param("wide-biases", marks=pytest.mark.slow)])

@@ -33,8 +33,8 @@ LEAST_ROOM = 99 << 10  # shared memory of a multiprocessor on the GPUs that have
 @dataclass(frozen=True)
 class DecodeTuning:
     """warps: of a block; None: as many as suit the number of sequences and kv heads. ring_bytes: of
-    a multiprocessor's rings; few_ring_bytes: the same for so few sequences that a block has half of
-    a multiprocessor's warps or all, and is to leave room for the products' before and behind.
+    a multiprocessor's rings; few_ring_bytes: the same for so few sequences that a block has all of
+    a multiprocessor's warps, and is to leave room for the blocks of the products before and behind.
     pair_cost, join_cost: what a part of a sequence's keys, and dividing them, counts
     (decode_plan.cu)."""
 
@@ -93,7 +93,7 @@ def decode_plan(
     most = 8 if head_dim <= 128 and group <= 8 and room > LEAST_ROOM else 4
     slot = _UNIT * -(-head_dim // 64) * 64 * DTYPE_BYTES[dtype]
     for warps in _suiting(most, sequences * kv_heads, tuning.warps):
-        ring_bytes = tuning.few_ring_bytes if 2 * warps >= most else tuning.ring_bytes
+        ring_bytes = tuning.few_ring_bytes if warps == most else tuning.ring_bytes
         stages = min(min(ring_bytes, room * 2 // 3) // (most * slot), _MAX_STAGES)
         # Parts, a head a warp; heads and their biases, norms, angles.
         static = warps * (group * (head_dim + 4) * 4 + head_dim * 4)

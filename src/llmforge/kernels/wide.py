@@ -4,32 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf
 
 from llmforge.kernels.launch import (
     Float,
     Launch,
     Operand,
-    Size,
     TensorMap,
     extent,
     require,
     same_dtype,
     specialised,
 )
-from llmforge.kernels.product import (
-    ALONE_BYTES,
-    OVERHEAD_BYTES,
-    SHARED_BYTES,
-    fused_defines,
-)
+from llmforge.kernels.product import OVERHEAD_BYTES, fused_defines
 from llmforge.kernels.stream import StreamScratch
 
 WIDE_ROWS = 256  # of x, at most
 _GROUP = 64  # rows of x that a warpgroup multiplies
 _ALL_BYTES = 227 << 10  # of shared memory, for a block
 _MIN_STAGES, _MAX_STAGES = 3, 16
-_SHARING = 1.03  # what a plan may take of the best one's time to share a multiprocessor
 _MAX_COLUMNS = 256
 # Columns of a tile times warpgroups: their sums take half of the registers.
 _MOST_SUMS = 512
@@ -39,19 +31,20 @@ _COUNTERS = 1024  # in `StreamScratch.counters`
 _PROCESSORS = 132
 # A microsecond's operations of a multiprocessor's tensor cores under lasting load, and bytes that a
 # multiprocessor, and all of them from memory, were seen to take in.
+_CHUNK = 0.17  # microseconds that a slot takes at least
 _OPERATION_RATE, _PROCESSOR_RATE, _MEMORY_RATE = 6e6, 66e3, 4.4e6
 
 
 @dataclass(frozen=True)
 class WideTuning:
-    """What a measurement is to choose. least_rows, most_rows: of the decode steps that the kernel
-    multiplies. prompt_rows: the most of other steps. shared_rows: up to how many the blocks of two
-    kernels share a multiprocessor, so that one fills its ring while the other computes."""
+    """What a measurement is to choose. least_rows, most_rows: of the decode steps whose products
+    the kernel computes; gated_rows: the most where gate and up come with their activation.
+    prompt_rows: the most of other steps."""
 
     least_rows: int = 9
-    most_rows: int = WIDE_ROWS
+    most_rows: int = 192
+    gated_rows: int = WIDE_ROWS
     prompt_rows: int = 128
-    shared_rows: int = 32
 
 
 DEFAULT_WIDE = WideTuning()
@@ -59,14 +52,12 @@ DEFAULT_WIDE = WideTuning()
 
 @dataclass(frozen=True)
 class WidePlan:
-    """How wide_gemm.cu divides a product: ROWS, COLUMNS and SPLIT there. room: shared memory that a
-    block takes at most."""
+    """How wide_gemm.cu divides a product: ROWS, COLUMNS and SPLIT there."""
 
     rows: int
     columns: int
     split: int = 1
     blocks: int = _PROCESSORS  # at most
-    room: int = _ALL_BYTES
 
     @property
     def groups(self) -> int:
@@ -76,19 +67,7 @@ class WidePlan:
     @property
     def stages(self) -> int:
         fixed = self.fixed_bytes + OVERHEAD_BYTES
-        return min((self.room - fixed) // self._slot_bytes, _MAX_STAGES)
-
-    @property
-    def shares(self) -> bool:
-        """Whether blocks of another kernel fit beside."""
-        return self.room < _ALL_BYTES
-
-    @property
-    def registers(self) -> int:
-        """Of a thread, at most, where blocks of another kernel fit beside; else 0. Of two kernels
-        that share a multiprocessor one may have tiles of many features: together 256."""
-        many = self.columns > 128
-        return (144 if many else 112) if self.shares else 0
+        return min((_ALL_BYTES - fixed) // self._slot_bytes, _MAX_STAGES)
 
     @property
     def shared_bytes(self) -> int:
@@ -116,6 +95,7 @@ class WidePlan:
         rounds = -(-items // self.blocks)
         length = rounds * (k // self.split)  # that a block goes through
         taken = length * (self.columns + self.rows) * 2 / _PROCESSOR_RATE
+        taken = max(taken, length // 64 * _CHUNK)
         multiplied = length * self.columns * self.groups * _GROUP * 2 / _OPERATION_RATE
         read = features * k * 2 / _MEMORY_RATE
         added = 0.0
@@ -125,32 +105,19 @@ class WidePlan:
 
 
 def wide_plan(
-    dtype: str,
-    rows: int,
-    features: int,
-    k: int,
-    *,
-    gated: bool = False,
-    tuning: WideTuning = DEFAULT_WIDE,
+    dtype: str, rows: int, features: int, k: int, *, gated: bool = False
 ) -> WidePlan | None:
     """The plan for weights [features, k], or None where the kernel does not take the product."""
     if dtype == "float32" or k % 64 or features % (8 if gated else 4) or rows > WIDE_ROWS:
         return None
-
-    def best(room: int) -> tuple[float, WidePlan | None]:
-        plans = _plans(-(-rows // 8) * 8, features, k, room)
-        timed = ((plan.microseconds(features, k), plan) for plan in plans)
-        return min(timed, key=lambda pair: pair[0], default=(inf, None))
-
-    least, plan = best(_ALL_BYTES)
-    shared, sharing = best(SHARED_BYTES)
-    return sharing if rows <= tuning.shared_rows and shared <= _SHARING * least else plan
+    plans = _plans(-(-rows // 8) * 8, features, k)
+    return min(plans, key=lambda plan: plan.microseconds(features, k))
 
 
-def _plans(rows: int, features: int, k: int, room: int) -> Iterator[WidePlan]:
+def _plans(rows: int, features: int, k: int) -> Iterator[WidePlan]:
     for columns in range(16, _MAX_COLUMNS + 1, 16):
         for split in range(1, _MAX_SPLIT + 1):
-            plan = WidePlan(rows, columns, split, room=room)
+            plan = WidePlan(rows, columns, split)
             tiles = plan.tiles(features)
             fits = tiles * split <= plan.blocks and tiles * plan.groups * 4 <= _COUNTERS
             held = plan.stages >= _MIN_STAGES and columns * plan.groups <= _MOST_SUMS
@@ -194,7 +161,6 @@ def wide_gemm(
     activation: str | None = None,
     norm: InputNorm | None = None,
     next_norm: NextNorm | None = None,
-    alone: bool = False,
 ) -> Launch:
     """out = x weightᵀ + bias for at most `plan.rows` rows; the options are those of
     `stream.stream_gemm`. most_rows: how many rows of x there is memory for. norm: x is what an
@@ -236,12 +202,8 @@ def wide_gemm(
     )  # fmt: skip
     spec = specialised(
         "wide_gemm.cu", "wide_gemm", dtype, K=k, ROWS=plan.rows, COLUMNS=plan.columns,
-        SPLIT=plan.split, STAGES=plan.stages, REGISTERS=plan.registers, **fused,
+        SPLIT=plan.split, STAGES=plan.stages, **fused,
     )  # fmt: skip
-    # Where blocks of two kernels share a multiprocessor, each has one, with work or without, that
-    # stays until the kernel before has ended: the next kernel's then spread as evenly.
-    items = min(plan.tiles(features) * plan.split, plan.blocks)
-    blocks = Size("processors") if plan.shares else items
+    blocks = min(plan.tiles(features) * plan.split, plan.blocks)
     threads = plan.groups * 128 + (64 if norm else 32)
-    shared = ALONE_BYTES - OVERHEAD_BYTES if alone else plan.shared_bytes
-    return Launch(spec, arguments, (blocks, 1, 1), threads, shared)
+    return Launch(spec, arguments, (blocks, 1, 1), threads, plan.shared_bytes)

@@ -72,16 +72,26 @@ def _split(low: Lowering, kernel: ProductKernel, weight: Operand) -> int:
     return plan.split
 
 
-def _wide_plan(low: Lowering, node: Node, *, gated: bool = False) -> wide.WidePlan | None:
+def _wide_plan(low: Lowering, node: Node) -> wide.WidePlan | None:
     """How wide_gemm.cu divides a linear node of this program; None where it does not, or where the
     rows are those that are wanted of a prompt, which are few."""
     weight, count = low.operand(node.inputs[1]), low.graph.tensors[node.inputs[0]].shape[0]
-    rows, features = low.largest(count), weight.shape[0]
+    rows, features, gated = low.largest(count), weight.shape[0], _is_gated(low, node)
     assert isinstance(features, int)
     if count != "tokens" and not low.shape.decode:
         return None
-    tuning = low.choice.wide
-    return wide.wide_plan(weight.dtype, rows, features, weight.features, gated=gated, tuning=tuning)
+    if rows > low.choice.wide.most_rows and not gated:
+        return None
+    return wide.wide_plan(weight.dtype, rows, features, weight.features, gated=gated)
+
+
+def _is_gated(low: Lowering, node: Node) -> bool:
+    """Whether a linear node's output is gate and up."""
+    split = low.only_reader(node.outputs[0])
+    if split is None or split.op != "split":
+        return False
+    readers = [low.only_reader(name) for name in split.outputs]
+    return all(reader is not None and reader.op == "gated_activation" for reader in readers)
 
 
 def product(
@@ -143,15 +153,12 @@ def _launch_of(
 def _wide(low: Lowering, linear: Node, out: Operand, **fused: Any) -> Launch:
     weight, normed = low.operand(linear.inputs[1]), low.weighed.get(linear.inputs[0])
     x = normed.weighed if normed else low.operand(linear.inputs[0])
-    plan, features = _wide_plan(low, linear, gated=fused["activation"] is not None), weight.shape[0]
+    plan, features = _wide_plan(low, linear), weight.shape[0]
     assert plan is not None and isinstance(features, int)
-    scratch = _scratch(plan.scratch_floats(features))
-    alone = plan.shares and low.streamed % 2 == 1
-    low.streamed = low.streamed + 1 if plan.shares else 1
+    scratch, norm = _scratch(plan.scratch_floats(features)), normed.norm if normed else None
     return wide.wide_gemm(
-        out, x, weight, scratch, plan, low.largest(x.shape[0]), alone=alone,
-        norm=normed.norm if normed else None, **fused,
-    )  # fmt: skip
+        out, x, weight, scratch, plan, low.largest(x.shape[0]), norm=norm, **fused
+    )
 
 
 def weighed_norm(low: Lowering, linear: Node, added: Node) -> NextNorm | None:

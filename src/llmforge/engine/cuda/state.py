@@ -93,9 +93,7 @@ class Lowering:
         self.constants: dict[str, tuple[float, ...]] = {}
         self.deferred: dict[str, DeferredNorm] = {}
         self.weighed: dict[str, WeighedNorm] = {}
-        # Products of ours so far: of those that share multiprocessors, every second takes so much
-        # memory that no two blocks of it fit one.
-        self.streamed = 0
+        self.streamed = 0  # products by stream_gemm.cu, gemv.cu and rows_gemm.cu so far
         self.sharing: tuple[Call, ...] = ()  # as Program has it, and so these
         self.group_slot = self.mail_slot = 0
         self._instructions: list[Instruction] = []
@@ -151,7 +149,7 @@ class Lowering:
         """What is to compute the products of this program, where it takes their shapes."""
         tokens = self.shape.tokens
         wide = self.choice.wide
-        most = wide.most_rows if self.shape.decode else wide.prompt_rows
+        most = wide.gated_rows if self.shape.decode else wide.prompt_rows
         if self.shape.warpgroups and wide.least_rows <= tokens <= most:
             return self.choice.many_rows
         if not self.shape.decode or not self.shape.bulk_copies or tokens > stream.STREAM_ROWS:

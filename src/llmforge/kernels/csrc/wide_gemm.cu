@@ -10,7 +10,6 @@
 //   rows and features, the last to finish adds, always in the same order. STAGES: slots.
 //   BIAS. RESIDUAL: added to the rounded product. GATED: the weights are those of gate | up, a tile has
 //   COLUMNS / 2 rows of each, out = activation(gate) up.
-//   REGISTERS: of a thread, at most, where blocks of other kernels are to fit beside; else 0.
 //   An RMSNorm between two products is in both, for it divides sums. WEIGHS, in the first: weighed =
 //   out times the norm's weights is stored too, and the sum of the squares of each row's part of a tile.
 //   NORM, in the second, whose x is `weighed`: how many such sums a row has. A warp that has no other
@@ -33,12 +32,8 @@
 // Of a slot. A group has 64 rows, and multiplies what lies behind those of x too, to forget it: of the
 // next slot, and behind the last of memory that is there for this.
 #define SLOT ((COLUMNS + ROWS) * 128)
+#define CHAINS (COLUMNS <= 64 && GROUPS <= 2 ? 2 : 1)
 #define BLOCKS (COLUMNS / 8)  // of 8 features, of which a lane has 2 of 2 rows: four sums
-#if REGISTERS
-#define LIMITS __maxnreg__(REGISTERS)
-#else
-#define LIMITS __launch_bounds__(THREADS, 1)
-#endif
 // Of 16 features, for which a thread asks at once for what is added: with less beside, the sums fit the
 // registers that more warps leave.
 #define TOGETHER (GROUPS > 2 ? 2 : 8)
@@ -113,8 +108,10 @@ DEVICE void copy_all(Copies ahead, const TensorMap* weight, const TensorMap* x) 
     }
 }
 
-// A tile's sums of this warpgroup's 64 rows over a part of K.
-DEVICE void multiply(float (&sums)[COLUMNS / 2], Ring& ring) {
+// A tile's sums of this warpgroup's 64 rows over a part of K. Those of small tiles are in two parts: a
+// product need not wait for the one before.
+DEVICE void multiply(float (&total)[COLUMNS / 2], Ring& ring) {
+    float sums[CHAINS][COLUMNS / 2];
     const u32 rows = threadIdx.x / 128 * (64 * 128);
     const bool releases = threadIdx.x % 32 == 0;
     u64* before = nullptr;  // of the slot whose products are under way
@@ -126,7 +123,7 @@ DEVICE void multiply(float (&sums)[COLUMNS / 2], Ring& ring) {
         products_begin();
 #pragma unroll
         for (int k = 0; k < 4; k++)  // 16 elements, 32 bytes, at a time
-            begin_product(sums, a + 2 * k, b + 2 * k, c + k > 0);
+            begin_product(sums[k % CHAINS], a + 2 * k, b + 2 * k, c > 0 || k >= CHAINS);
         products_commit();
         products_wait<1>();
         if (releases && c > 0) barrier_arrive(before);
@@ -135,7 +132,11 @@ DEVICE void multiply(float (&sums)[COLUMNS / 2], Ring& ring) {
     }
     products_wait<0>();
     if (releases) barrier_arrive(before);
-    sums_ready(sums);
+#pragma unroll
+    for (int chain = 0; chain < CHAINS; chain++) sums_ready(sums[chain]);
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; i++)
+        total[i] = CHAINS > 1 ? sums[0][i] + sums[CHAINS - 1][i] : sums[0][i];
 }
 
 #if SPLIT > 1
@@ -227,6 +228,22 @@ struct Output {
     const T* weights;  // of the norm of the output
     float* squares;
     int rows, features, stride;  // of the output
+    // Of a tile's weights of the norm, those of 4 features of each 128: fetched before the sums are
+    // there, traded when they are.
+    struct Norm {
+        uint2 weights[WEIGHS ? (COLUMNS + 127) / 128 : 1];
+    };
+
+    DEVICE Norm norm_of(int tile) const {
+        Norm norm;
+        const int first = threadIdx.x % 32 * 4;
+#pragma unroll
+        for (int i = 0; WEIGHS && i < (COLUMNS + 127) / 128; i++)
+            if (first + 128 * i < COLUMNS && tile * COLUMNS + first + 128 * i < features)
+                norm.weights[i] =
+                    __ldg((const uint2*)(weights + tile * COLUMNS + first + 128 * i));
+        return norm;
+    }
 
     // This lane's two features of the 8 from `block` on, of its first row or of that 8 rows later.
     DEVICE u32 values(const float (&sums)[COLUMNS / 2], int tile, int block, int later,
@@ -250,7 +267,8 @@ struct Output {
         return packed(value.x, value.y);
     }
     // Stores what a warp has of a tile, 32 bytes of a row together. scales: of all rows, NORM.
-    DEVICE void store(const float (&sums)[COLUMNS / 2], int tile, const float* scales) const {
+    DEVICE void store(const float (&sums)[COLUMNS / 2], int tile, const float* scales,
+                      const Norm& norm) const {
         const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
         const int first = tile * OUTPUTS + lane / 2 % 2 * 8 + lane % 2 * 4;
         const float scale[2] = {NORM ? scales[row] : 1, NORM ? scales[row + 8] : 1};
@@ -272,6 +290,12 @@ struct Output {
 #endif
 #pragma unroll
             for (int j = from; j < to; j++) {
+#if WEIGHS
+                const uint2 held = norm.weights[j / 8];
+                const uint2 by =
+                    make_uint2(__shfl_sync(FULL_WARP, held.x, j % 8 * 4 + lane % 4),
+                               __shfl_sync(FULL_WARP, held.y, j % 8 * 4 + lane % 4));
+#endif
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     u32 low = values(sums, tile, 2 * j, h, scale[h]);
@@ -286,7 +310,6 @@ struct Output {
                     *(uint2*)(out + place) = make_uint2(low, high);
 #if WEIGHS
                     squares_of[h] += sum_of_pairs(low) + sum_of_pairs(high);
-                    const uint2 by = __ldg((const uint2*)(weights + first + 16 * j));
                     *(uint2*)(weighed + place) =
                         make_uint2(multiply_pairs(low, by.x), multiply_pairs(high, by.y));
 #endif
@@ -315,7 +338,7 @@ struct Output {
     DEVICE size_t at(int row, int feature) const { return (size_t)row * stride + feature; }
 };
 
-extern "C" __global__ void LIMITS
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 wide_gemm(T* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
           const T* bias, const T* residual, T* weighed, const T* norm_weight, float* squares,
           const float* x_squares, float* partial, int* counters, int rows, int features,
@@ -350,12 +373,13 @@ wide_gemm(T* out, const __grid_constant__ TensorMap x, const __grid_constant__ T
                         squares, rows, GATED ? features / 2 : features, out_stride};
 #pragma unroll 1
     for (; work.left(); work.next()) {
+        const Output::Norm norm = output.norm_of(work.tile());
         float sums[COLUMNS / 2];
         multiply(sums, ring);
 #if SPLIT > 1
         if (!add_parts(sums, partial, counters, work.tile(), work.part())) continue;
 #endif
         if (NORM) barrier_wait(scaled, 0);
-        output.store(sums, work.tile(), scales);
+        output.store(sums, work.tile(), scales, norm);
     }
 }
