@@ -36,7 +36,7 @@
 #define BLOCKS (COLUMNS / 8)  // of 8 features, of which a lane has 2 of 2 rows: four sums
 // Of 16 features, for which a thread asks at once for what is added: with less beside, the sums fit the
 // registers that more warps leave.
-#define TOGETHER (GROUPS > 2 ? 2 : 8)
+#define TOGETHER (GROUPS > 2 ? 1 : 8)
 #define OUTPUTS (GATED ? COLUMNS / 2 : COLUMNS)  // features of a tile that are stored
 
 // What a block computes: in each of its rounds a tile and a part of K.
