@@ -154,6 +154,7 @@ def test_blocks_share_k(split: int) -> None:
 @pytest.mark.parametrize("columns", [16, 80, 160, 256])
 def test_tiles(columns: int) -> None:
     check(64, 3 * columns, 1280, WidePlan(64, columns))
+    check(33, 2 * columns + 20, 320, WidePlan(64, columns), residual=True, weighs=True)
     check(37, 2 * columns, 1280, WidePlan(64, columns), activation="silu", bias=True)
     check(37, columns + 8, 1280, WidePlan(64, columns), activation="silu", norm_tiles=2)
 
