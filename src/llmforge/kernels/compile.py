@@ -24,7 +24,10 @@ from llmforge.errors import BuildError
 DEFAULT_CACHE = Path("~/.cache/llmforge/kernels")
 _INCLUDE = re.compile(rb'^#include "([a-z_]+\.cuh)"', re.MULTILINE)
 # Kernels with instructions that no later GPU has: what they are compiled for instead.
-_EXACT = {("wide_gemm.cu", "sm_90"): "sm_90a"}
+_EXACT = {
+    ("wide_gemm.cu", "sm_90"): "sm_90a",
+    ("wide_attention.cu", "sm_90"): "sm_90a",
+}
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -178,7 +181,7 @@ def _compile(spec: KernelSpec, arch: str) -> Compiled:
     )
     assert int(status) == 0, status
     try:
-        exact = _EXACT.get((spec.source, arch), arch)
+        exact = _EXACT.get((spec.source, arch), "sm_90a" if spec.source.startswith("wide_attention") else arch)
         options = [f"--gpu-architecture={exact}", *_options(spec)]
         options += [f"-I{directory}" for directory in _include_directories()]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
