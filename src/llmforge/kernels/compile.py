@@ -181,7 +181,7 @@ def _compile(spec: KernelSpec, arch: str) -> Compiled:
     )
     assert int(status) == 0, status
     try:
-        exact = _EXACT.get((spec.source, arch), "sm_90a" if spec.source.startswith("wide_attention") else arch)
+        exact = _EXACT.get((spec.source, arch), arch)
         options = [f"--gpu-architecture={exact}", *_options(spec)]
         options += [f"-I{directory}" for directory in _include_directories()]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])

@@ -21,7 +21,8 @@ from llmforge.kernels.launch import (
 _WARPGROUPS, _ROWS = 2, 64  # of a block, that multiply, and the rows of each
 _THREADS = (_WARPGROUPS + 1) * 128
 _SHARED_BYTES = (227 << 10) - 2048  # of a block: its barriers, and to where the tiles can begin
-_MAX_STAGES = 4
+_MAX_STAGES = 4  # of a ring
+_MIN_TILES = 4  # of keys and of values: one is multiplied while another comes
 _PLAN_THREADS = 1024
 ITEM_INTS = 4  # of the plan, an item
 
@@ -41,12 +42,20 @@ class AttentionPlan:
         return _WARPGROUPS * (_ROWS // self.group)
 
     @property
-    def stages(self) -> int:
-        return min((_SHARED_BYTES - self._query_bytes) // (2 * self._tile_bytes), _MAX_STAGES)
+    def stages(self) -> tuple[int, int, int]:
+        """KEY_STAGES, VALUE_STAGES and QUERY_STAGES in wide_attention.cu."""
+        queries = 2 if self._tiles_beside(2) >= _MIN_TILES else 1
+        tiles = min(self._tiles_beside(queries), 2 * _MAX_STAGES)
+        return -(-tiles // 2), tiles // 2, queries
 
     @property
     def shared_bytes(self) -> int:
-        return self.stages * 2 * self._tile_bytes + self._query_bytes + 1024
+        keys, values, queries = self.stages
+        return (keys + values) * self._tile_bytes + queries * self._query_bytes + 1024
+
+    def _tiles_beside(self, queries: int) -> int:
+        """For how many tiles there is room beside the queries of so many items."""
+        return (_SHARED_BYTES - queries * self._query_bytes) // self._tile_bytes
 
     @property
     def _row_bytes(self) -> int:
@@ -120,10 +129,12 @@ def wide_attention(
     require(scale > 0, "wide_attention: the largest score has the largest weight")
     aligned = all(o.offset * DTYPE_BYTES[dtype] % 16 == 0 for o in (out, q))
     require(aligned, "wide_attention: rows start at multiples of 16 bytes")
+    key_stages, value_stages, query_stages = plan.stages
     spec = specialised(
         "wide_attention.cu", "wide_attention", dtype,
         HEADS=heads, GROUP=plan.group, WINDOW=window or 0, CAP=int(soft_cap is not None),
-        KEYS=plan.keys, STAGES=plan.stages, **cache.defines,
+        KEYS=plan.keys, KEY_STAGES=key_stages, VALUE_STAGES=value_stages,
+        QUERY_STAGES=query_stages, **cache.defines,
     )  # fmt: skip
     queries = HeadsMap(
         q, heads, cache.head_dim, most_tokens, plan.group, plan.tokens // _WARPGROUPS

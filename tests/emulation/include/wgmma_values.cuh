@@ -30,16 +30,20 @@ DEVICE void stores_before_products() {}
 
 namespace emulated {
 static struct {
-    int waiting;
+    int arrived;
     unsigned phase;
 } meetings[16];
 }  // namespace emulated
-DEVICE void warpgroup_meet(int barrier) {
+DEVICE void threads_arrive(int barrier, int threads) {
+    auto& own = emulated::meetings[barrier];
+    if (++own.arrived == threads) own.arrived = 0, own.phase++;
+}
+DEVICE void threads_meet(int barrier, int threads) {
     auto& own = emulated::meetings[barrier];
     const unsigned phase = own.phase;
-    if (++own.waiting == 128) own.waiting = 0, own.phase++;
+    threads_arrive(barrier, threads);
     for (int tries = 0; own.phase == phase; tries++) {
-        if (tries == 1 << 20) emulation::fail("waits for a warpgroup that does not come");
+        if (tries == 1 << 20) emulation::fail("waits for threads that do not come");
         emulation::poll();
     }
 }

@@ -45,9 +45,12 @@ DEVICE void sums_ready(u32 (&words)[N]) {
 
 // Has products that begin after this read what this thread has stored in shared memory.
 DEVICE void stores_before_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Meets the other threads of the warpgroup at a barrier, 1 to 15, of theirs.
-DEVICE void warpgroup_meet(int barrier) {
-    asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+// Whole warps, together so many threads, meet at a barrier, 1 to 15; or arrive there without waiting.
+DEVICE void threads_meet(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+DEVICE void threads_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // From here on each lane of this warpgroup has so many registers: what some give, others can take.

@@ -12,7 +12,8 @@
 //   HEAD_DIM: a multiple of 16, at most 256. GROUP: query heads a kv head, at most 64. HEADS,
 //   KV_HEADS, BLOCK_SIZE, TABLE_STRIDE as in qkv.cu; BLOCK_SIZE is a multiple of 8 that divides KEYS,
 //   or that KEYS divides. WINDOW: positions attended to, 0 for all. CAP: scores are capped, soft_cap
-//   tanh(score / soft_cap). KEYS: of a tile, a multiple of 16. STAGES: tiles of each ring.
+//   tanh(score / soft_cap). KEYS: of a tile, a multiple of 16. KEY_STAGES, VALUE_STAGES: tiles of
+//   each ring. QUERY_STAGES: items whose queries are there at once.
 // q is a map of [tokens, HEADS, HEAD_DIM], keys and values of [slots, KV_HEADS, HEAD_DIM], see
 // launch.py. Grid: one block a multiprocessor.
 #include "common.cuh"
@@ -39,6 +40,7 @@ DEVICE void arrive(u64* barrier) {
 
 // Tiles in the order in which they are copied and used. `full` ends a phase when all bytes have come,
 // `empty` when all warps have read them.
+template <int SLOTS, int BYTES>
 struct Ring {
     char* slots;
     u64* full;
@@ -46,9 +48,9 @@ struct Ring {
     int slot = 0;
     u32 parity = 0;
 
-    DEVICE char* tile() const { return slots + slot * TILE_BYTES; }
+    DEVICE char* tile() const { return slots + slot * BYTES; }
     DEVICE void next() {
-        if (++slot == STAGES) slot = 0, parity ^= 1;
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
     DEVICE void wait_empty() const { barrier_wait(empty + slot, parity ^ 1); }
     DEVICE void wait_full() const { barrier_wait(full + slot, parity); }
@@ -57,28 +59,42 @@ struct Ring {
         arrive(empty + slot);
         next();
     }
+    // By one thread.
+    DEVICE void init() const {
+        for (int s = 0; s < SLOTS; s++) barrier_init(full + s), barrier_init(empty + s, WARPS);
+    }
 };
 
-// The queries of an item, and which it is.
-struct Queries {
-    char* rows;
-    u64* full;
-    u64* empty;
-    int4* item;
-    u32 parity = 0;
+// What a block has in shared memory. With the queries is which item they are of, and its kv head.
+struct Rings {
+    Ring<KEY_STAGES, TILE_BYTES> keys;
+    Ring<VALUE_STAGES, TILE_BYTES> values;
+    Ring<QUERY_STAGES, GROUPS * QUERY_BYTES> queries;
+    int4 (*items)[2];
+
+    DEVICE Rings(char* slots, u64* barriers, int4 (*items)[2])
+        : keys{slots, barriers, barriers + KEY_STAGES},
+          values{slots + KEY_STAGES * TILE_BYTES, keys.empty + KEY_STAGES,
+                 keys.empty + KEY_STAGES + VALUE_STAGES},
+          queries{values.slots + VALUE_STAGES * TILE_BYTES, values.empty + VALUE_STAGES,
+                  values.empty + VALUE_STAGES + QUERY_STAGES},
+          items(items) {}
 };
 
-// The items of this block: the plan has those with most keys first, and its first go to the blocks in
-// turn, then to and fro, so that all have about the same.
+// The items of this block: the plan has those with most keys first, which go to the blocks in turn, to
+// and fro, so that all have about the same. Every other block begins with its last, so that while some
+// wait for the keys of sequences of one new token, others multiply.
 struct Turns {
     const int4* plan;
     int items, round = 0;
 
     DEVICE explicit Turns(const int4* plan) : plan(plan) { items = __ldcg(&plan->x) * KV_HEADS; }
-    DEVICE bool left() const { return round * (int)gridDim.x < items; }
+    DEVICE int rounds() const { return (items + gridDim.x - 1) / gridDim.x; }
+    DEVICE bool left() const { return round < rounds(); }
     DEVICE int index() const {
-        const int place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-        return round * gridDim.x + place;
+        const int own = blockIdx.x % 2 ? rounds() - 1 - round : round;
+        const int place = own % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+        return own * gridDim.x + place;
     }
     DEVICE bool mine() const { return index() < items; }
     DEVICE int4 item() const { return __ldcg(plan + 1 + index() / KV_HEADS); }
@@ -86,7 +102,8 @@ struct Turns {
 };
 
 // Fills the next tile of a ring with the keys or values of pages, of which this lane copies its own.
-DEVICE void copy_tile(Ring& ring, const TensorMap* map, bool wanted, int row, int head) {
+template <class Tiles>
+DEVICE void copy_tile(Tiles& ring, const TensorMap* map, bool wanted, int row, int head) {
     const int lane = threadIdx.x % 32, pages = __popc(__ballot_sync(FULL_WARP, wanted));
     u64* const full = ring.full + ring.slot;
     ring.wait_empty();
@@ -100,10 +117,26 @@ DEVICE void copy_tile(Ring& ring, const TensorMap* map, bool wanted, int row, in
     ring.next();
 }
 
+DEVICE void copy_queries(Rings& rings, const TensorMap* map, const Item& item, int head) {
+    auto& ring = rings.queries;
+    u64* const full = ring.full + ring.slot;
+    ring.wait_empty();
+    __syncwarp();  // none still waits when the barrier's next phase ends
+    if (threadIdx.x % 32 == 0) {
+        int4* const about = rings.items[ring.slot];
+        about[0] = make_int4(item.sequence, item.token, item.tokens, item.position);
+        about[1].x = head;
+        barrier_expect(full, GROUPS * HALVES * TOKENS * GROUP * 128);
+        for (int i = 0; i < GROUPS * HALVES; i++)
+            copy_box(ring.tile() + i * 64 * 128, map, i % HALVES * 64, head * GROUP,
+                     item.token + i / HALVES * TOKENS, 0, full);
+    }
+    ring.next();
+}
+
 // By one warp: keeps the rings full.
-DEVICE void copy_all(Ring keys, Ring values, Queries queries, const int4* plan,
-                     const int* block_table, const TensorMap* q, const TensorMap* key_cache,
-                     const TensorMap* value_cache) {
+DEVICE void copy_all(Rings rings, const int4* plan, const int* block_table, const TensorMap* q,
+                     const TensorMap* keys, const TensorMap* values) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (Turns turns(plan); turns.left(); turns.round++) {
@@ -117,26 +150,13 @@ DEVICE void copy_all(Ring keys, Ring values, Queries queries, const int4* plan,
             if (lane >= PAGES || tile == end || key >= item.kv_len()) return -1;
             return __ldcg(blocks + key / BLOCK_SIZE) * BLOCK_SIZE + key % BLOCK_SIZE;
         };
+        copy_queries(rings, q, item, head);
         int row = row_of(item.begin());
 #pragma unroll 1
         for (int tile = item.begin(); tile < end; tile++) {
             const int next_row = row_of(tile + 1);
-            copy_tile(keys, key_cache, row >= 0, row, head);
-            if (tile == item.begin()) {
-                barrier_wait(queries.empty, queries.parity ^ 1);
-                queries.parity ^= 1;
-                __syncwarp();  // none still waits when the barrier's next phase ends
-                if (lane == 0) {
-                    *queries.item = make_int4(item.sequence, item.token, item.tokens, item.position);
-                    queries.item[1].x = head;
-                    barrier_expect(queries.full, GROUPS * HALVES * TOKENS * GROUP * 128);
-                    for (int i = 0; i < GROUPS * HALVES; i++)
-                        copy_box(queries.rows + i * 64 * 128, q, i % HALVES * 64, head * GROUP,
-                                 item.token + i / HALVES * TOKENS, 0, queries.full);
-                }
-                __syncwarp();
-            }
-            copy_tile(values, value_cache, row >= 0, row, head);
+            copy_tile(rings.keys, keys, row >= 0, row, head);
+            copy_tile(rings.values, values, row >= 0, row, head);
             row = next_row;
         }
     }
@@ -234,7 +254,7 @@ DEVICE void clear(char* tile, int from) {
             *(uint4*)(tile + h * KEYS * 128 + i * 16) = make_uint4(0, 0, 0, 0);
     }
     stores_before_products();
-    warpgroup_meet(1 + threadIdx.x / 128);
+    threads_meet(1 + threadIdx.x / 128, 128);
 }
 
 // What a lane has of four blocks of 8 columns, a word of each, to all words of one of them.
@@ -289,6 +309,10 @@ struct Scale {
     }
 };
 
+// The warpgroups begin products by turns, a turn a tile, so that one multiplies while the other weighs.
+DEVICE void take_turn() { threads_meet(3 + threadIdx.x / 128, GROUPS * 128); }
+DEVICE void give_turn() { threads_arrive(4 - threadIdx.x / 128, GROUPS * 128); }
+
 // What a warpgroup does for an item of which it has tokens.
 struct Attending {
     Item own;  // the warpgroup's tokens
@@ -305,16 +329,20 @@ struct Attending {
         if (late || early) hide(scores, base, last);
         weigh(scores, part, keep, scale.factor());
     }
-    DEVICE void attend(Part& part, Ring& keys, Ring& values, u64* queries_empty) const {
+    DEVICE void attend(Part& part, Rings& rings) const {
+        auto& keys = rings.keys;
+        auto& values = rings.values;
         float scores[KEYS / 2], keep[2];
         u32 weights[KEYS / 4];
         int tile = own.begin();
         const int end = own.end();
         begin(part);
         keys.wait_full();
+        take_turn();
         products_begin();
         begin_scores(scores, q, factor(shared_address(keys.tile())));
         products_commit();
+        give_turn();
         products_wait<0>();
         keys.release();
         sums_ready(scores);
@@ -324,12 +352,14 @@ struct Attending {
         for (tile++; tile < end; tile++) {
             values.wait_full();
             keys.wait_full();
+            take_turn();
             sums_ready(scores), sums_ready(part.sums), sums_ready(weights);
             products_begin();
             begin_scores(scores, q, factor(shared_address(keys.tile())));
             products_commit();
             begin_sums(part.sums, weights, value_factor(shared_address(values.tile()), KEYS * 128));
             products_commit();
+            give_turn();
             products_wait<1>();
             keys.release();
             sums_ready(scores);
@@ -341,7 +371,7 @@ struct Attending {
             for (int i = 0; i < HEAD_DIM / 2; i++) part.sums[i] *= keep[i / 2 % 2];
             pack(weights, scores);
         }
-        arrive(queries_empty);
+        rings.queries.release();
         values.wait_full();
         if (end * KEYS > own.kv_len()) clear(values.tile(), own.kv_len() - (end - 1) * KEYS);
         sums_ready(part.sums), sums_ready(weights);
@@ -355,37 +385,40 @@ struct Attending {
 };
 
 // Tiles that another warpgroup has and this one not.
-DEVICE void pass(Ring& keys, Ring& values, int tiles) {
+DEVICE void pass(Rings& rings, int tiles) {
 #pragma unroll 1
     for (int i = 0; i < tiles; i++) {
-        keys.wait_full();
-        keys.release();
-        values.wait_full();
-        values.release();
+        take_turn();
+        give_turn();
+        rings.keys.wait_full();
+        rings.keys.release();
+        rings.values.wait_full();
+        rings.values.release();
     }
 }
 
 // By a warpgroup.
-DEVICE void attend_all(Ring keys, Ring values, Queries queries, const int4* plan, T* out,
-                       Scale scale) {
+DEVICE void attend_all(Rings rings, const int4* plan, T* out, Scale scale) {
     const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
     const int row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const u64 q = factor(shared_address(queries.rows) + group * QUERY_BYTES);
+    auto& queries = rings.queries;
+    if (group == 1) give_turn();
 #pragma unroll 1
     for (Turns turns(plan); turns.left(); turns.round++) {
         if (!turns.mine()) continue;
-        barrier_wait(queries.full, queries.parity);
-        queries.parity ^= 1;
-        const Item item(*queries.item);
-        const int head = queries.item[1].x * GROUP;
+        queries.wait_full();
+        const int4* const about = rings.items[queries.slot];
+        const Item item(about[0]);
+        const int head = about[1].x * GROUP;
         const Item own = item.from(group * TOKENS, TOKENS);
         if (own.tokens <= 0) {
-            arrive(queries.empty);
-            pass(keys, values, item.end() - item.begin());
+            queries.release();
+            pass(rings, item.end() - item.begin());
             continue;
         }
-        pass(keys, values, own.begin() - item.begin());
-        Attending attending{own, {}, scale, q};
+        pass(rings, own.begin() - item.begin());
+        Attending attending{own, {}, scale,
+                            factor(shared_address(queries.tile()) + group * QUERY_BYTES)};
         T* rows[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -397,10 +430,11 @@ DEVICE void attend_all(Ring keys, Ring values, Queries queries, const int4* plan
                           : nullptr;
         }
         Part part;
-        attending.attend(part, keys, values, queries.empty);
-        pass(keys, values, item.end() - own.end());
+        attending.attend(part, rings);
+        pass(rings, item.end() - own.end());
         store(part, rows);
     }
+    if (group == 0) take_turn();  // so that as many are taken as given
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -408,22 +442,12 @@ wide_attention(T* out, const __grid_constant__ TensorMap q, const __grid_constan
                const __grid_constant__ TensorMap values, const int* plan, const int* block_table,
                float scale, float soft_cap) {
     extern __shared__ char unaligned[];
-    __shared__ u64 barriers[4 * STAGES + 2];
-    __shared__ int4 item[2];
+    __shared__ u64 barriers[2 * (KEY_STAGES + VALUE_STAGES + QUERY_STAGES)];
+    __shared__ int4 items[QUERY_STAGES][2];
     let_next_start();
     // The swizzle pattern starts anew every 1024 bytes of shared memory.
-    char* const slots = unaligned + (-shared_address(unaligned) & 1023);
-    const Ring key_ring{slots, barriers, barriers + STAGES};
-    const Ring value_ring{slots + STAGES * TILE_BYTES, barriers + 2 * STAGES, barriers + 3 * STAGES};
-    const Queries queries{slots + 2 * STAGES * TILE_BYTES, barriers + 4 * STAGES,
-                          barriers + 4 * STAGES + 1, item};
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            barrier_init(key_ring.full + s), barrier_init(key_ring.empty + s, WARPS);
-            barrier_init(value_ring.full + s), barrier_init(value_ring.empty + s, WARPS);
-        }
-        barrier_init(queries.full), barrier_init(queries.empty, WARPS);
-    }
+    const Rings rings(unaligned + (-shared_address(unaligned) & 1023), barriers, items);
+    if (threadIdx.x == 0) rings.keys.init(), rings.values.init(), rings.queries.init();
     barriers_ready();
     __syncthreads();
     wait_for_previous();
@@ -431,10 +455,9 @@ wide_attention(T* out, const __grid_constant__ TensorMap q, const __grid_constan
     if (threadIdx.x / 32 >= WARPS) {
         give_registers<40>();
         if (threadIdx.x / 32 == WARPS)
-            copy_all(key_ring, value_ring, queries, (const int4*)plan, block_table, &q, &keys,
-                     &values);
+            copy_all(rings, (const int4*)plan, block_table, &q, &keys, &values);
     } else {
         take_registers<232>();
-        attend_all(key_ring, value_ring, queries, (const int4*)plan, out, {scale, soft_cap});
+        attend_all(rings, (const int4*)plan, out, {scale, soft_cap});
     }
 }
