@@ -3,6 +3,7 @@
 # make lint    the first two of these
 # make bench   speed at Qwen2.5-0.5B's shapes
 # make test-gpu, make bench-gpu   the cuda target, on a machine with an NVIDIA GPU
+# make sanitize-gpu   its kernels under compute-sanitizer
 # make clean   remove what these made
 #
 # Nothing but Python 3.11 is assumed: the environment is made in .venv, and MPI comes from pip.
@@ -27,7 +28,7 @@ endif
 SOURCES := $(shell find src -name '*.py' -o -name '*.cu' -o -name '*.cuh')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench test-gpu bench-gpu clean
+.PHONY: demo test lint bench test-gpu bench-gpu sanitize-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(WORK)/engine/engine.yaml
@@ -57,6 +58,9 @@ bench: $(VENV)/.demo
 test-gpu:
 	python3 -m pytest -q -n 8 tests/cuda --ignore tests/cuda/test_cuda_ranks.py
 	python3 -m pytest -q tests/cuda/test_cuda_ranks.py
+
+sanitize-gpu:
+	python3 tests/cuda/sanitize.py
 
 bench-gpu:
 	python3 benchmarks/cuda_speed.py --json benchmarks/results/cuda.json

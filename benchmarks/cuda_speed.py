@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 from llmforge.checkpoint.config import ModelConfig, RopeConfig  # noqa: E402
-from llmforge.comm import LocalComm  # noqa: E402
+from llmforge.comm import Comm, LocalComm  # noqa: E402
 from llmforge.engine.cuda.executable import CudaExecutable  # noqa: E402
 from llmforge.engine.cuda.ranks import Ranks  # noqa: E402
 from llmforge.engine.cuda.state import MEASURED, KernelChoice  # noqa: E402
@@ -104,9 +104,9 @@ def random_weights(graph: Graph) -> dict[str, torch.Tensor]:
     return weights
 
 
-def prepared(config: ModelConfig) -> Graph:
-    """The graph that the cuda target lowers."""
-    return CudaTarget().prepare(trace(config, Topology(), 0))
+def prepared(config: ModelConfig, topology: Topology | None = None, rank: int = 0) -> Graph:
+    """The graph that the cuda target lowers, of one rank or of one of several."""
+    return CudaTarget().prepare(trace(config, topology or Topology(), rank))
 
 
 def load(
@@ -114,8 +114,9 @@ def load(
     weights: Mapping[str, torch.Tensor],
     limits: Limits,
     choice: KernelChoice = MEASURED,
+    ranks: Ranks | None = None,
 ) -> CudaExecutable:
-    """An executable of one rank, its kernels compiled now."""
+    """An executable, its kernels compiled now; of one rank where `ranks` does not say otherwise."""
     major, minor = torch.cuda.get_device_capability()
     arch = f"sm_{major}{minor}"
     kernels = engine_kernels(graph, limits, arch, choice)
@@ -127,7 +128,8 @@ def load(
             key: Module(result.image, kernels[key].entry)
             for key, result in zip(kernels, compiled, strict=True)
         }
-    ranks = Ranks(LocalComm(), Topology(), torch.device("cuda", torch.cuda.current_device()))
+    if ranks is None:
+        ranks = Ranks(LocalComm(), Topology(), torch.device("cuda", torch.cuda.current_device()))
     executable = CudaExecutable(graph, weights, modules, arch, limits, ranks, choice)
     keep_what_exists()
     return executable
@@ -144,12 +146,17 @@ def bytes_read(graph: Graph, config: ModelConfig, kv_len: int, batch: int = 1) -
 
 
 def serve(
-    executable: CudaExecutable, vocab: int, batch: int, input_len: int, output_len: int
+    executable: CudaExecutable,
+    vocab: int,
+    batch: int,
+    input_len: int,
+    output_len: int,
+    comm: Comm | None = None,
 ) -> float:
-    """Seconds to serve one static batch."""
+    """Seconds to serve one static batch; on other ranks than 0, `follow` goes with it."""
     rng = np.random.default_rng(batch)
     prompts = rng.integers(vocab, size=(batch, input_len)).tolist()
-    with Session(executable, LocalComm(), vocab_size=vocab) as session:
+    with Session(executable, comm or LocalComm(), vocab_size=vocab) as session:
         began = time.perf_counter()
         for index, prompt in enumerate(prompts):
             session.add(Request(index, tuple(prompt), output_len, ignore_eos=True))

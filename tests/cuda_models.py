@@ -12,12 +12,12 @@ import numpy as np
 
 from llmforge.checkpoint.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from llmforge.checkpoint.params import ParamSpec, parameters
-from llmforge.comm import LocalComm
+from llmforge.comm import Comm, LocalComm
 from llmforge.engine.step import Limits, SampleRow, SamplingParams, StepBatch
 from llmforge.engine.weights import RankWeights
 from llmforge.model.graph import Graph, Parameter
 from llmforge.parallel import Topology
-from llmforge.runtime.generate import generate
+from llmforge.runtime.generate import follow, generate
 from llmforge.runtime.requests import Request
 from llmforge.runtime.sampling import sample
 from llmforge.safetensors_io import NUMPY_DTYPES
@@ -252,9 +252,15 @@ class _Waiting:
 
 
 def check_running_ahead(
-    executable: Any, vocab_size: int, count: int, *, ends_early: bool = True
-) -> None:
-    """The tokens of steps that begin before those of the step before are known are the same.
+    executable: Any,
+    vocab_size: int,
+    count: int,
+    *,
+    ends_early: bool = True,
+    comm: Comm | None = None,
+) -> list[tuple[int, ...]]:
+    """The tokens of steps that begin before those of the step before are known are the same. Gives
+    those of each request, on rank 0; all ranks of `comm` call this.
     ends_early: some of the requests end where a token happens to come, the others at their length.
     The step after such an end has a sequence more when it has begun ahead, so another kernel may
     compute it: tokens are then the same in float32 alone, as logits of two bytes are rounded
@@ -274,12 +280,18 @@ def check_running_ahead(
         )
         for index in range(count)
     ]
+    comm = comm or LocalComm()
+    if comm.rank != 0:
+        follow(executable, comm)
+        follow(_Waiting(executable), comm)
+        return []
     ahead, waiting = (
-        generate(each, LocalComm(), requests, vocab_size=vocab_size)
+        generate(each, comm, requests, vocab_size=vocab_size)
         for each in (executable, _Waiting(executable))
     )
     assert [c.token_ids for c in ahead] == [c.token_ids for c in waiting]
     assert {c.finish_reason for c in ahead} == ({"eos", "length"} if ends_early else {"length"})
+    return [c.token_ids for c in ahead]
 
 
 class Driver:

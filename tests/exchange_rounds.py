@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from op_meanings import TOLERANCE
 
 from llmforge.comm import Comm
+from llmforge.engine.cuda.checking import TOLERANCE
 from llmforge.kernels import collectives
 from llmforge.kernels.collectives import Group
 from llmforge.kernels.launch import Operand
@@ -53,7 +53,7 @@ def random_round(bench: Bench, rng: Any, seed: int) -> None:
     features = int(rng.choice([1, 36, 64, 1000, 2048, 4096]))
     most = int(rng.choice([4, 256]))
     rows = int(rng.integers(1, most + 1))
-    kind = str(rng.choice(["reduce", "norm", "gather", "message"]))
+    kind = str(rng.choice(["reduce", "norm", "gather", "message", "broadcast"]))
     one_round(bench, kind, dtype, features, most, rows, seed)
 
 
@@ -82,6 +82,13 @@ def one_round(
         bench.run(collectives.send(x, most), rows)
         bench.run(collectives.receive(out, most), rows)
         assert torch.equal(bench.tensors["out"].cpu(), xs[comm.rank - 1]), what
+        return
+    if kind == "broadcast":
+        ids = torch.randint(2**31, (comm.size, rows), generator=torch.Generator().manual_seed(seed))
+        mine, first = ids[comm.rank].to(torch.int32), ids[0].to(torch.int32)
+        bench.tensors["ids"] = bench.place(mine)
+        bench.run(collectives.broadcast(Operand("ids", ("tokens",), "int32", 1), group), rows)
+        assert torch.equal(bench.tensors["ids"].cpu(), first), what
         return
     if kind == "gather":
         bench.run(collectives.all_gather(out, x, group), rows)

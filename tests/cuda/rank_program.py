@@ -1,14 +1,17 @@
-"""One rank of a job for test_cuda_ranks.py: rank_program.py DEED [ARGUMENTS], under mpirun. What it
-finds wrong it raises, which ends the job."""
+"""One rank of a job for test_cuda_ranks.py: rank_program.py DEED [ARGUMENTS] [nccl], under mpirun.
+What it finds wrong it raises, which ends the job. nccl: as where ranks cannot share memory."""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from cuda_models import (
     MODELS,
     Driver,
     RandomWeights,
+    check_running_ahead,
     compile_into,
     of_dtype,
     poison,
@@ -32,10 +36,11 @@ from op_meanings import check_instructions
 
 from llmforge.comm import Comm, LocalComm, MpiComm
 from llmforge.engine.cpu.target import CpuTarget
+from llmforge.engine.cuda import executable
 from llmforge.engine.cuda.executable import SIZES
-from llmforge.engine.cuda.ranks import take_device
+from llmforge.engine.cuda.ranks import Ranks, take_device
 from llmforge.engine.cuda.target import CudaTarget
-from llmforge.engine.step import SamplingParams
+from llmforge.engine.step import Int32, SamplingParams, StepBatch
 from llmforge.kernels import collectives
 from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, TENSOR_RANK
 from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel
@@ -44,6 +49,8 @@ from llmforge.kernels.exchange import DriverMemory, Peers, SharedRegions, slot_u
 from llmforge.model.decoder import trace
 from llmforge.model.reference import Context
 from llmforge.parallel import Topology
+from llmforge.runtime.generate import follow, generate
+from llmforge.runtime.requests import Request
 from llmforge.runtime.sampling import sample
 
 # -- the kernels by themselves ---------------------------------------------------------------------
@@ -161,32 +168,56 @@ def every_instruction(comm: Comm, name: str, dtype: str, topology: Topology) -> 
     ranks stop at the same ones: they meet in some."""
     config = of_dtype(MODELS[name], dtype)
     with tempfile.TemporaryDirectory() as directory:
-        config, graph, cuda, _ = loaded(comm, name, dtype, topology, Path(directory))
-        weights = rank_weights(config, 3, topology, comm.rank)
+        config, _, cuda, _ = loaded(comm, name, dtype, topology, Path(directory))
         stage = comm.split(topology.stage(comm.rank))
         for prompts in ((1, 1, 1), (19, 1, 40)):
             batch = Driver(LIMITS, config.vocab_size, 3, prompts).batch(list(prompts))
             sizes = {"tokens": batch.num_tokens, "rows": 3}
             context = Context(comm, stage, sizes)
-            check_instructions(cuda, graph, weights, batch, context, dtype)
+            check_instructions(cuda, batch, context)
         cuda.close()
+
+
+def ahead_tokens(comm: Comm, name: str, topology: Topology) -> None:
+    """Running ahead or not, the tokens in float32 of one rank on the cpu."""
+    with tempfile.TemporaryDirectory() as directory:
+        config, _, cuda, cpu = loaded(comm, name, "float32", topology, Path(directory))
+        got = check_running_ahead(cuda, config.vocab_size, 8, comm=comm)
+        if cpu is not None:
+            assert got == check_running_ahead(cpu, config.vocab_size, 8), (name, topology)
+        cuda.close()
+
+
+class _Dying:
+    """A rank that ends where its fifth step should begin."""
+
+    def __init__(self, executable: Any) -> None:
+        self.limits, self.step, self._executable = executable.limits, executable.step, executable
+        self._steps = 0
+
+    def begin(self, batch: StepBatch) -> Callable[[], Int32]:
+        self._steps += 1
+        if self._steps == 5:
+            os._exit(3)
+        return self._executable.begin(batch)
 
 
 def one_dies(comm: Comm) -> None:
     """Rank 1 ends in the middle of a step: rank 0 waits in a kernel, and must not for ever."""
     with tempfile.TemporaryDirectory() as directory:
         _, _, cuda, _ = loaded(comm, "llama", "float32", Topology(2), Path(directory))
-        driver = Driver(LIMITS, 300, seed=1, prompts=(5, 5, 5))
-        batch = driver.batch([5, 5, 5])
         if comm.rank == 1:
-            time.sleep(1)
-            os._exit(3)
-        cuda.step(batch)
-        raise AssertionError("a step without rank 1 is not over")
+            follow(_Dying(cuda), comm)
+        else:
+            generate(cuda, comm, [Request(0, (1, 2, 3), 20)], vocab_size=300)
+        raise AssertionError("steps without rank 1 are not over")
 
 
 def main() -> None:
     deed, *arguments = sys.argv[1:]
+    if arguments[-1:] == ["nccl"]:
+        arguments.pop()
+        executable.Ranks = functools.partial(Ranks, shared=False)
     comm = MpiComm.world()
     try:
         if deed == "collectives":
@@ -198,8 +229,8 @@ def main() -> None:
             deeds = {"logits": same_logits, "instructions": every_instruction}
             for name in arguments[1:]:
                 started = time.monotonic()
-                if deed == "tokens":
-                    same_tokens(comm, name, layout)
+                if deed in ("tokens", "ahead"):
+                    {"tokens": same_tokens, "ahead": ahead_tokens}[deed](comm, name, layout)
                 else:
                     # Experts are chosen anew after every rounding, so logits may differ by more.
                     exact = deed == "logits" and MODELS[name].moe is not None

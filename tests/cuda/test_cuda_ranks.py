@@ -1,5 +1,5 @@
 """Engines of several ranks under mpirun, on as many GPUs as there are: with one, all ranks share it
-and take turns, which makes their waits slow but not wrong."""
+and take turns, which makes their waits slow but not wrong. NCCL wants a GPU for each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmforge.cli.ranks import find_mpirun
 
@@ -75,6 +76,32 @@ def test_logits_are_those_of_one_rank_and_the_same_each_time(layout, ranks, name
 @pytest.mark.parametrize(("layout", "ranks"), [("2", 2), ("1,2", 2), ("2,2", 4)], ids=str)
 def test_greedy_tokens_equal_those_of_one_rank_in_float32(layout, ranks):
     check(ranks, "tokens", layout, "llama", "all-biases", "norms-over-heads")
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("2", 2), ("1,2", 2), ("2,2", 4)], ids=str)
+def test_running_ahead_gives_the_tokens_of_one_rank(layout, ranks):
+    check(ranks, "ahead", layout, "llama")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    ("deed", "layout", "names"),
+    [
+        ("instructions", "2", ["llama", "wide"]),
+        ("logits", "2", ["all-biases", "experts-shared"]),
+        ("logits", "1,2", ["llama"]),
+        ("ahead", "2", ["llama"]),
+        ("ahead", "1,2", ["llama"]),
+    ],
+)
+def test_nccl(deed, layout, names):
+    check(2, deed, layout, *names, "nccl")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="for a machine with one GPU")
+def test_nccl_on_one_gpu_is_refused():
+    done = job(2, "tokens", "2", "llama", "nccl")
+    assert done.returncode != 0 and "NCCL wants a GPU for each rank" in done.stderr
 
 
 def test_a_rank_that_dies_ends_the_job():

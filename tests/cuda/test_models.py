@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from cuda_models import (
     LIMITS,
     MODELS,
@@ -23,6 +24,8 @@ from cuda_models import (
 
 from llmforge.comm import LocalComm
 from llmforge.engine.cpu.target import CpuTarget
+from llmforge.engine.cuda import executable
+from llmforge.engine.cuda.buffers import Memory
 from llmforge.engine.cuda.target import CudaTarget
 from llmforge.engine.step import SamplingParams
 from llmforge.model.decoder import trace
@@ -98,6 +101,22 @@ def test_running_ahead_gives_the_same_tokens(dtype, tmp_path):
     _, cuda = both(config, tmp_path, seed=4)
     count, ends_early = 3 * LIMITS.max_batch_size, dtype == "float32"
     check_running_ahead(cuda, config.vocab_size, count, ends_early=ends_early)
+
+
+def test_kernels_wait_for_what_fills_their_memory(tmp_path, monkeypatch):
+    """Counters and caches are zeroed before the first kernel, however long that takes."""
+
+    def late(*arguments):
+        torch.cuda._sleep(10**9)  # half a second, before the fills in the stream
+        return Memory(*arguments)
+
+    monkeypatch.setattr(executable, "Memory", late)
+    config = of_dtype(MODELS["wide"], "bfloat16")
+    cpu, cuda = both(config, tmp_path)
+    driver = Driver(LIMITS, config.vocab_size, seed=1, prompts=(5, 33, 70))
+    for batch in steps(driver, decode_steps=2):
+        expected, got = cpu.step(batch).logits, cuda.step(batch).logits
+        assert np.abs(got - expected).max() <= tolerance(config, expected)
 
 
 def test_ties_and_equal_logits(tmp_path):

@@ -10,7 +10,6 @@ from op_meanings import check_instructions
 from llmforge.comm import LocalComm
 from llmforge.engine.cuda.target import CudaTarget
 from llmforge.model.decoder import trace
-from llmforge.model.reference import LOCAL
 from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.gpu
@@ -34,4 +33,4 @@ def test_every_instruction(name, dtype, kind, tmp_path):
     cuda = target.load(out, Topology(), LIMITS, LocalComm())
     prompts = (1, 1, 1) if kind == "decode" else (19, 1, 40)
     batch = Driver(LIMITS, config.vocab_size, 3, prompts).batch(list(prompts))
-    check_instructions(cuda, graph, weights, batch, LOCAL, dtype)
+    check_instructions(cuda, batch)

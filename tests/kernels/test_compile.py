@@ -74,6 +74,7 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
         "decode_plan",
         "all_reduce",
         "all_gather",
+        "broadcast",
         "send",
         "receive",
         "rms_norm_by",

@@ -49,6 +49,7 @@ ROUNDS = (  # kind, dtype, features, the most rows, rows
     ("norm", "bfloat16", 1000, 4, 4),
     ("gather", "float16", 64, 4, 3),
     ("message", "bfloat16", 2048, 40, 33),
+    ("broadcast", "float32", 1, 600, 511),
     ("reduce", "bfloat16", 4096, 80, 70),  # from three ranks on they share the work
     ("norm", "float16", 2048, 150, 130),  # more rows than blocks
 )

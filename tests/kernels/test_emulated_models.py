@@ -116,6 +116,24 @@ def test_running_ahead_gives_the_same_tokens(dtype):
 
 
 @pytest.mark.parametrize(
+    "layout", ["2", *(pytest.param(other, marks=pytest.mark.slow) for other in ("1,2", "2,2"))]
+)
+def test_ranks_that_run_ahead_give_the_tokens_of_one(layout):
+    config, topology = MODELS["llama"], Topology(*map(int, layout.split(",")))
+
+    def work(comm: Comm) -> list:
+        cuda = emulated_rank(config, 4, topology, comm)
+        tokens = check_running_ahead(cuda, config.vocab_size, 6, comm=comm)
+        cuda.close()
+        return tokens
+
+    with emulated_gpu():
+        got = run_ranks(topology.world_size, work)[0]
+        alone = check_running_ahead(emulated_rank(config, 4), config.vocab_size, 6)
+    assert got == alone
+
+
+@pytest.mark.parametrize(
     "name", [pytest.param("llama"), pytest.param("wide", marks=pytest.mark.slow)]
 )
 def test_ties_and_equal_logits(name):

@@ -11,7 +11,6 @@ from op_meanings import check_instructions
 
 from llmforge.engine.cuda.target import CudaTarget
 from llmforge.model.decoder import trace
-from llmforge.model.reference import LOCAL
 from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -48,4 +47,4 @@ def test_every_instruction(name, dtype, arch):
         cuda = emulated(graph, weights, LIMITS, arch)
         for prompts in ((1, 1, 1), (19, 1, 40)):
             batch = Driver(LIMITS, config.vocab_size, 3, prompts).batch(list(prompts))
-            check_instructions(cuda, graph, weights, batch, LOCAL, dtype)
+            check_instructions(cuda, batch)

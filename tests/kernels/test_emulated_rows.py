@@ -29,7 +29,7 @@ from llmforge.kernels.launch import Launch
 from llmforge.kernels.rows import RowsTuning, rows_gemm, rows_plan, rows_scratch_floats
 from llmforge.kernels.stream import StreamScratch
 from llmforge.model.decoder import trace
-from llmforge.model.reference import DTYPES, LOCAL
+from llmforge.model.reference import DTYPES
 from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -188,4 +188,4 @@ def test_every_instruction_of_a_step_of_few_tokens(name: str, dtype: str, rows: 
         kernels = [c.kernel for c in calls if isinstance(c, Launch)]
         splits = [dict(k.defines)["SPLIT"] for k in kernels if k.entry == "rows_gemm"]
         assert splits and max(splits) == (2 if name == "long" else 1)
-        check_instructions(cuda, graph, weights, batch, LOCAL, dtype)
+        check_instructions(cuda, batch)

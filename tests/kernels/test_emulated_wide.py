@@ -19,7 +19,7 @@ from llmforge.kernels.launch import Launch
 from llmforge.kernels.stream import StreamScratch
 from llmforge.kernels.wide import WidePlan, wide_gemm, wide_plan
 from llmforge.model.decoder import trace
-from llmforge.model.reference import DTYPES, LOCAL
+from llmforge.model.reference import DTYPES
 from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -132,7 +132,7 @@ def test_every_instruction_of_a_step_of_many_tokens(name: str) -> None:
         batch = Driver(limits, config.vocab_size, 3, (1,) * 36).batch([1] * 36)
         kernels = [i.call.kernel for i in cuda.instructions(batch) if isinstance(i.call, Launch)]
         assert [kernel.entry for kernel in kernels].count("wide_gemm") == 5
-        check_instructions(cuda, graph, weights, batch, LOCAL, "bfloat16")
+        check_instructions(cuda, batch)
 
 
 def test_every_instruction_of_a_short_prompt_where_long_ones_fit() -> None:
@@ -147,4 +147,4 @@ def test_every_instruction_of_a_short_prompt_where_long_ones_fit() -> None:
         batch = Driver(limits, config.vocab_size, 3, (70, 30)).batch([41, 30])
         kernels = [i.call.kernel for i in cuda.instructions(batch) if isinstance(i.call, Launch)]
         assert [kernel.entry for kernel in kernels].count("wide_gemm") == 4
-        check_instructions(cuda, graph, weights, batch, LOCAL, "bfloat16")
+        check_instructions(cuda, batch)

@@ -157,6 +157,41 @@ def test_followers_run_the_same_steps():
             assert np.array_equal(mine.token_ids, theirs.token_ids)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(workloads(), st.integers(2, 3))
+def test_followers_run_ahead_as_rank_0_does(workload, ranks):
+    requests, tight, _ = workload
+    seen = [None] * ranks
+
+    def work(comm):
+        executable = seen[comm.rank] = AheadToyExecutable(tight, comm=comm)
+        if comm.rank:
+            return follow(executable, comm)
+        return generate(executable, comm, requests, vocab_size=VOCAB)
+
+    done = run_ranks(ranks, work)[0]
+    assert [list(c.token_ids) for c in done] == [reference(r, tight.max_seq_len) for r in requests]
+    alone = AheadToyExecutable(tight)
+    serve(alone, requests)
+    assert all(executable.ahead == alone.ahead for executable in seen)
+    for follower in seen[1:]:
+        assert not follower.unread and not any(batch.sampling for batch in follower.batches)
+
+
+def test_the_other_ranks_begin_a_step_before_the_one_before_is_over():
+    request = Request(0, tuple(prompts(1, 3)[0]), 10)
+    seen = [None] * 2
+
+    def work(comm):
+        executable = seen[comm.rank] = AheadToyExecutable(limits(), comm=comm)
+        if comm.rank:
+            return follow(executable, comm)
+        return generate(executable, comm, [request], vocab_size=VOCAB)
+
+    assert list(run_ranks(2, work)[0][0].token_ids) == reference(request, 32)
+    assert seen[0].ahead == seen[1].ahead == [False] + [True] * 9
+
+
 def test_a_refused_request_reaches_the_caller_and_lets_followers_return():
     def work(comm):
         executable = ToyExecutable(limits())

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from llmforge.comm import Comm, LocalComm
 from llmforge.engine.step import Int32, Limits, SampleRow, StepBatch, StepResult
 from llmforge.runtime.requests import Request
 from llmforge.runtime.sampling import sample
@@ -84,10 +85,11 @@ class ToyExecutable:
 
 class AheadToyExecutable(ToyExecutable):
     """One that runs ahead: what a step draws is known to the next one at once, to the caller only
-    when it asks."""
+    when it asks. Rank 0 draws, and sends it to the others' devices."""
 
-    def __init__(self, limits: Limits, vocab: int = VOCAB) -> None:
-        super().__init__(limits, vocab, on_device=True)
+    def __init__(self, limits: Limits, vocab: int = VOCAB, comm: Comm | None = None) -> None:
+        self.comm = comm or LocalComm()
+        super().__init__(limits, vocab, on_device=self.comm.rank == 0)
         self.drawn = np.zeros(0, np.int32)
         self.unread: list[int] = []  # steps whose tokens nobody has asked for
         self.ahead: list[bool] = []  # which steps began with tokens that were still being drawn
@@ -97,18 +99,28 @@ class AheadToyExecutable(ToyExecutable):
         ids = batch.token_ids
         assert (ids >= 0).all() or self.unread, "the last step's tokens are known"
         assert (~ids < len(self.drawn)).all(), "the last step drew fewer tokens"
-        drawn = self.step(replace(batch, token_ids=self._resolved(ids))).tokens
-        assert drawn is not None
-        self.drawn = drawn
+        result = self.step(replace(batch, token_ids=self._resolved(ids)))
+        drawn = self.drawn = self._shared(result, len(batch.logit_rows))
         number = len(self.batches)
         self.unread.append(number)
         self.ahead.append(bool((ids < 0).any()))
 
         def tokens() -> Int32:
             assert self.unread.pop(0) == number, "read in another order"
-            return drawn
+            return drawn if self.comm.rank == 0 else drawn[:0]
 
         return tokens
+
+    def _shared(self, result: StepResult, rows: int) -> Int32:
+        """What rank 0 drew."""
+        drawn = np.empty(rows, np.int32)
+        if self.comm.rank != 0:
+            self.comm.receive(drawn, 0)
+            return drawn
+        assert result.tokens is not None
+        for other in range(1, self.comm.size):
+            self.comm.send(result.tokens, other)
+        return result.tokens
 
     def _resolved(self, ids: Int32) -> Int32:
         if not (ids < 0).any():

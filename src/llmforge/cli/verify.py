@@ -15,6 +15,7 @@ from llmforge.errors import VerificationError
 if TYPE_CHECKING:
     from llmforge.artifact import Manifest
     from llmforge.comm import Comm
+    from llmforge.engine.cuda.checking import Check
     from llmforge.engine.store import Engine
     from llmforge.runtime.verify import Comparison
 
@@ -27,20 +28,44 @@ if TYPE_CHECKING:
     metavar="HF_DIR",
     help="Compare logits with those that transformers computes from this model directory.",
 )
+@click.option(
+    "--ops",
+    is_flag=True,
+    help="Compare what each kernel of a cuda engine of one rank computes with the meaning of its "
+    "ops in plain torch, on this machine's GPU.",
+)
+@click.option(
+    "--stop-after",
+    type=click.IntRange(min=0),
+    metavar="K",
+    help="With --ops: only instructions 0 to K of each step, each with its error.",
+)
 @json_option
-def command(path: Path, against: Path | None, as_json: bool) -> int:
+def command(
+    path: Path, against: Path | None, ops: bool, stop_after: int | None, as_json: bool
+) -> int:
     """Check files against their checksums, and logits against transformers.
 
     The files are those of a checkpoint or an engine. With --against, random prompts are prefilled
     and decoded, and the logits compared with those of transformers on the original model: their
     largest difference must be within what rounding explains, and the likeliest tokens the same
     but for near ties. An engine of several ranks is run on all of them.
+
+    With --ops, steps of random prompts and decode steps of every batch size that the engine has a
+    program for are run up to each of their instructions. The first whose result is not what its
+    inputs should give is the one named: this is how a wrong kernel is found.
     """
+    if stop_after is not None and not ops:
+        raise click.UsageError("--stop-after K says how far --ops goes; give --ops with it")
+    if ops and against is not None:
+        raise click.UsageError("--ops and --against are two comparisons; give one at a time")
     from llmforge.cli.launch import is_speaker
     from llmforge.cli.ranks import run_ranks
     from llmforge.cli.stages import kind_of
 
     kind = kind_of(path)
+    if ops:
+        return _verify_ops(path, kind, stop_after, as_json)
     if against is not None and kind == "engine":
         from llmforge.engine.store import Engine
 
@@ -55,6 +80,64 @@ def command(path: Path, against: Path | None, as_json: bool) -> int:
         if against is not None:
             _report(manifest, kind, _compare_checkpoint(path, against), as_json)
     return 0
+
+
+def _verify_ops(path: Path, kind: str, stop_after: int | None, as_json: bool) -> int:
+    """Check a cuda engine's files, then its instructions. Raises VerificationError that names the
+    first which is wrong."""
+    from llmforge.cli.console import print_json
+    from llmforge.comm import LocalComm
+    from llmforge.engine.store import Engine
+    from llmforge.runtime.loading import load_executable
+
+    if kind != "engine":
+        raise VerificationError(
+            f"--ops runs the kernels of an engine, and {path} is a {kind}; build it with "
+            "--target cuda"
+        )
+    engine = Engine.open(path)
+    ranks = engine.topology.world_size
+    if engine.target != "cuda" or ranks > 1:
+        raise VerificationError(
+            f"--ops checks cuda engines of one rank, and {path} is for the target {engine.target} "
+            f"and {ranks} {'rank' if ranks == 1 else 'ranks'}; build the checkpoint with --target "
+            "cuda for one rank, or compare this engine's logits with --against HF_DIR"
+        )
+    _check_files(engine.manifest, kind, as_json, report=not as_json)
+    from llmforge.engine.cuda import checking
+    from llmforge.engine.cuda.executable import CudaExecutable
+
+    executable = load_executable(engine, LocalComm())
+    assert isinstance(executable, CudaExecutable)
+    steps = []
+    for name, batch in checking.steps_to_check(executable, engine.config.vocab_size):
+        checks = []
+        for check in checking.check_instructions(executable, batch, stop_after=stop_after):
+            checks.append(check)
+            if not check.passed:
+                break
+        steps.append({"step": name, "checks": [check.to_dict() for check in checks]})
+        if not as_json:
+            _print_checks(name, checks, each=stop_after is not None)
+        if checks and not checks[-1].passed:
+            break
+    executable.close()
+    if as_json:
+        print_json({**_result(engine.manifest, kind, []), "steps": steps})
+    if checks and not checks[-1].passed:
+        raise VerificationError(f"{name}: {checks[-1]}")
+    return 0
+
+
+def _print_checks(step: str, checks: list[Check], *, each: bool) -> None:
+    """A step's line, and with `each` one for every instruction before it."""
+    if each:
+        for check in checks:
+            print(f"  {check}", flush=True)
+    passed = [check for check in checks if check.passed]
+    worst = max(passed, key=lambda check: check.error / check.tolerance, default=None)
+    text = f"; nearest to its tolerance: {worst}" if worst else ""
+    print(f"{step}: {len(passed)} instructions agree{text}", flush=True)
 
 
 def _manifest(path: Path, kind: str) -> Manifest:

@@ -68,10 +68,11 @@ class RunsAhead(Protocol):
 
     def begin(self, batch: StepBatch) -> Callable[[], Int32]:
         """Begin a step; the function that is returned waits for it and gives the tokens [R]. Call
-        each once, in order, and before the next step but one begins.
+        each once, in order, and before the next step but one begins. As `Executable.step`, this is
+        called on every rank; the tokens are given on rank 0, and none elsewhere.
 
-        A token id below zero stands for what the step before draws: ``~i`` for its row i. Only for
-        engines of one rank; where a row needs its sequence's history, it must be known.
+        A token id below zero stands for what the step before draws: ``~i`` for its row i. Where a
+        row needs its sequence's history, it must be known.
         """
         ...
 

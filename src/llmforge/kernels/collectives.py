@@ -1,4 +1,5 @@
-"""Launches of the kernels that join ranks: all-reduce, all-gather, and messages between two ranks.
+"""Launches of the kernels that join ranks: all-reduce, all-gather, broadcast, and messages between
+two ranks.
 
 A direct exchange goes through memory that the ranks write into for each other
 (`exchange.SharedRegions`); otherwise another library has gathered the x of all ranks in `parts`,
@@ -132,6 +133,19 @@ def all_gather(out: Operand, x: Operand, group: Group) -> Collective:
     grid = (_blocks(x.shape[0], local, _THREADS * width), 1, 1)
     nbytes = group.ranks * group.rows * local * DTYPE_BYTES[dtype]
     return Collective(Launch(spec, arguments, grid, _THREADS), nbytes)
+
+
+def broadcast(x: Operand, group: Group) -> Collective:
+    """x, four bytes a row, becomes that of the group's first rank on all of them."""
+    require(len(x.shape) == 1 and DTYPE_BYTES[x.dtype] == 4, "broadcast: four bytes a row")
+    spec = specialised(
+        "broadcast.cu", "broadcast", "float32",
+        RANKS=group.ranks, THREADS=_THREADS, DIRECT=int(group.direct),
+    )  # fmt: skip
+    arguments: tuple[Argument, ...] = (
+        x, *_exchange(group, x.dtype), Size(TENSOR_RANK), _plain(x.shape[0]), Size(GROUP_SLOT),
+    )  # fmt: skip
+    return Collective(Launch(spec, arguments, (1, 1, 1), _THREADS), 4 * group.rows)
 
 
 def send(x: Operand, rows: int) -> Collective:

@@ -90,7 +90,7 @@ class Session:
         self._on_text = on_text
         self._clock = clock
         self._live: dict[int, _Live] = {}  # by the sequence's number
-        self._ahead = executable if comm.size == 1 and isinstance(executable, RunsAhead) else None
+        self._ahead = executable if isinstance(executable, RunsAhead) else None
         self._flight: _Flight | None = None  # begun ahead
         self._ended = 0.0  # when the last step did
         self._num_penalised = 0  # of the live requests, those whose draws need the tokens before
@@ -124,7 +124,9 @@ class Session:
         flight, self._flight = self._flight or self._begin(), None
         if self._ahead and self.scheduler.has_work and not self._num_penalised:
             self._flight = self._begin()
+        self._stepping = True
         tokens = flight.tokens()
+        self._stepping = False
         now = self._clock()
         self.last_step = StepStats(
             now - max(flight.began, self._ended), flight.prefill_tokens, flight.decode_tokens
@@ -191,11 +193,13 @@ class Session:
 
     def _execute(self, batch: StepBatch) -> Callable[[], Int32]:
         """Begin the step on all ranks; what gives its tokens [R]."""
-        if self._ahead is not None:
-            return self._ahead.begin(batch)
         self._stepping = True
         if self._comm.size > 1:
             self._comm.broadcast(replace(batch, sampling=()))
+        if self._ahead is not None:
+            begun = self._ahead.begin(batch)
+            self._stepping = False
+            return begun
         result = self._executable.step(batch)
         self._stepping = False
         if result.tokens is not None:
@@ -258,8 +262,18 @@ class Session:
 
 
 def follow(executable: Executable, comm: Comm) -> None:
-    """What every rank but 0 does: run the steps that rank 0 runs, until its session is closed."""
+    """What every rank but 0 does: run the steps that rank 0 runs, until its session is closed.
+    Where the executable can run ahead, a step is begun as soon as rank 0 begins it, whether the one
+    before is over or not."""
     assert comm.rank != 0
     batch: StepBatch | None
+    begun: Callable[[], Int32] | None = None  # waits for the last step
     while (batch := comm.broadcast(None)) is not None:
-        executable.step(batch)
+        if isinstance(executable, RunsAhead):
+            before, begun = begun, executable.begin(batch)
+            if before is not None:
+                before()
+        else:
+            executable.step(batch)
+    if begun is not None:
+        begun()

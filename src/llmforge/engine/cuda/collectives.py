@@ -6,7 +6,7 @@ from llmforge.engine.cuda.program import Transfer
 from llmforge.engine.cuda.state import Lowering
 from llmforge.kernels import collectives as kernels
 from llmforge.kernels.collectives import Collective, Group
-from llmforge.kernels.launch import Operand
+from llmforge.kernels.launch import Dim, Operand
 from llmforge.model.graph import Node
 
 
@@ -40,6 +40,18 @@ def recv(low: Lowering, node: Node) -> None:
     made = kernels.receive(out, low.largest(out.shape[0]))
     low.mail_slot = max(low.mail_slot, made.slot_bytes)
     low.emit(made.launch, node.outputs[0])
+
+
+def share_drawn(low: Lowering, drawn: Operand) -> None:
+    """Let the program end with what the tokens that rank 0 draws come to the other ranks of its
+    group by."""
+    joined = (n.attrs["ranks"] for n in low.graph.nodes if n.op in ("all_reduce", "all_gather"))
+    if (ranks := max(joined, default=1)) == 1:
+        return
+    group = _group_of(low, ranks, "rows")
+    made = kernels.broadcast(drawn, group)
+    low.group_slot = max(low.group_slot, made.slot_bytes)
+    low.sharing = (made.launch,) if group.direct else (Transfer("gather", drawn), made.launch)
 
 
 def all_reduce_add(low: Lowering, index: int) -> int:
@@ -91,9 +103,12 @@ def _residual(low: Lowering, name: str, added: Node | None) -> Operand | None:
 
 
 def _group(low: Lowering, node: Node, x: Operand) -> Group:
-    ranks = node.attrs["ranks"]
+    return _group_of(low, node.attrs["ranks"], x.shape[0])
+
+
+def _group_of(low: Lowering, ranks: int, rows: Dim) -> Group:
     direct = low.shape.links.group and ranks <= kernels.MAX_RANKS
-    return Group(ranks, direct, low.largest(x.shape[0]))
+    return Group(ranks, direct, low.largest(rows))
 
 
 def _join(low: Lowering, made: Collective, group: Group, x: Operand, *tensors: str) -> None:

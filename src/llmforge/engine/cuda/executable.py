@@ -74,10 +74,12 @@ class CudaExecutable:
         self.sizes = Sizes(SIZES)
         properties = torch.cuda.get_device_properties(self.device)
         self.sizes.set("processors", properties.multi_processor_count)
-        self._last: _Runner
+        self._last: _Runner | None = None
         lowered = programs(graph, limits, arch, ranks.links, choice)
         shared = ranks.connect(lowered, self.sizes)
         self.memory = Memory(graph, limits, weights, lowered, self.device, shared)
+        # What fills weights and memory is on the caller's stream, and may not have happened yet.
+        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             runners = [_Runner(program, self) for program in self.memory.programs]
             self._general = [r for r in runners if not r.program.shape.decode]
@@ -117,7 +119,7 @@ class CudaExecutable:
         """See `RunsAhead`."""
         with torch.cuda.stream(self._stream):
             staging = self._begin(batch)
-        return lambda: staging.tokens(batch)
+        return lambda: self._tokens(staging, batch)
 
     def _begin(self, batch: StepBatch) -> Staging:
         """Put a step on the stream."""
@@ -130,9 +132,17 @@ class CudaExecutable:
         self._last = runner
         return staging
 
+    def _tokens(self, staging: Staging, batch: StepBatch) -> Int32:
+        """What the step drew, once it is over. Rank 0 has it."""
+        if self.ranks.rank == 0:
+            return staging.tokens(batch)
+        staging.done.synchronize()
+        return np.zeros(0, np.int32)
+
     def last_logits(self, rows: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The first `rows` rows of the logits of the last step, in float32."""
         logits: np.ndarray[Any, np.dtype[np.float32]]
+        assert self._last is not None, "no step has run"
         logits = self._last.outputs(rows)[0].float().cpu().numpy()
         return logits
 
@@ -172,7 +182,9 @@ class CudaExecutable:
 
     def close(self) -> None:
         self._stream.synchronize()
+        # Their graphs hold on to NCCL's communicators.
         self._decodes.clear()
+        self._last = None
         self.ranks.close()
         del self._general, self.memory, self._modules
         torch.cuda.empty_cache()
@@ -228,10 +240,11 @@ class _Runner:
             owner.bind(instruction, program, overlap=index not in begin)
             for index, instruction in enumerate(program.instructions)
         ]
-        self._draw: list[Call] = []
+        ends = program.sharing
         if owner.ranks.rank == 0:  # it draws, whoever computes the logits
-            ends = sampling_launch(program), deliver_launch(owner.limits.max_batch_size)
-            self._draw = [owner.bind_launch(launch, program) for launch in ends]
+            deliver = deliver_launch(owner.limits.max_batch_size)
+            ends = (sampling_launch(program), *program.sharing, deliver)
+        self._draw = [owner.bind(Instruction(call, ()), program) for call in ends]
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, batch: StepBatch, staging: Staging) -> None:

@@ -43,6 +43,7 @@ def _embed(low: Lowering, node: Node) -> None:
     out = low.new(node.outputs[0])
     call = kernels.gather(out, weight, ids, first=node.attrs["start"], drawn=DRAWN)
     low.emit(call, node.outputs[0])
+    collectives.share_drawn(low, DRAWN)
 
 
 def _linear(low: Lowering, node: Node) -> None:

@@ -149,7 +149,9 @@ class StepLayout:
 class Program:
     """Instructions over buffers: of the arena (byte offsets in `arena`), the parameters, the
     states, the step's upload ("step.NAME"), `constants`, and the scratch that programs share.
-    `group_slot` and `mail_slot`: the bytes that its exchanges with other ranks need at once."""
+    `sharing` follows once the step's tokens are drawn: it brings them to the other ranks of the
+    group, where those look up tokens together. `group_slot` and `mail_slot`: the bytes that its
+    exchanges with other ranks need at once."""
 
     shape: StepShape
     layout: StepLayout
@@ -159,6 +161,7 @@ class Program:
     constants: Mapping[str, tuple[float, ...]]
     arena: Mapping[str, int]
     arena_bytes: int
+    sharing: tuple[Call, ...] = ()
     group_slot: int = 0
     mail_slot: int = 0
 
@@ -180,8 +183,8 @@ class Program:
     @property
     def kernels(self) -> dict[str, KernelSpec]:
         """The kernels that it launches, by key."""
-        launches = (i.call for i in self.instructions if isinstance(i.call, Launch))
-        return {launch.kernel.key: launch.kernel for launch in launches}
+        calls = (*(i.call for i in self.instructions), *self.sharing)
+        return {call.kernel.key: call.kernel for call in calls if isinstance(call, Launch)}
 
 
 def plan_arena(

@@ -33,8 +33,11 @@ def take_device(comm: Comm) -> torch.device:
 class Ranks:
     """This rank among the others. All ranks make one together, and call `connect` and `close`."""
 
-    def __init__(self, comm: Comm, topology: Topology, device: torch.device) -> None:
-        """Raises TargetError where ranks can exchange by no means."""
+    def __init__(
+        self, comm: Comm, topology: Topology, device: torch.device, *, shared: bool = True
+    ) -> None:
+        """shared: where ranks reach each other's memory, they exchange in it. Raises TargetError
+        where they can exchange by no means."""
         self.rank = comm.rank
         self._comm, self._topology = comm, topology
         self._peers = exchange.peers_of(comm.rank, topology)
@@ -46,8 +49,8 @@ class Ranks:
         memory, peers = DriverMemory(), self._peers
         few = topology.tensor_parallel <= MAX_RANKS
         self.links = Links(
-            group=few and reaches_peers(memory, comm, Peers(peers.group)),
-            messages=reaches_peers(memory, comm, Peers((), peers.to, peers.source)),
+            group=shared and few and reaches_peers(memory, comm, Peers(peers.group)),
+            messages=shared and reaches_peers(memory, comm, Peers((), peers.to, peers.source)),
         )
         if self.links != Links():
             self._nccl = _Nccl(comm, topology, device)

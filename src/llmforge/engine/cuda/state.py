@@ -83,7 +83,8 @@ class Lowering:
         self.constants: dict[str, tuple[float, ...]] = {}
         self.deferred: dict[str, DeferredNorm] = {}
         self.streamed = 0  # products by stream_gemm.cu, gemv.cu and rows_gemm.cu so far
-        self.group_slot = self.mail_slot = 0  # as Program has them
+        self.sharing: tuple[Call, ...] = ()  # as Program has it, and so these
+        self.group_slot = self.mail_slot = 0
         self._instructions: list[Instruction] = []
         self._buffers: dict[str, int] = {}
         self._sizes = largest_step(limits) | {
@@ -109,6 +110,7 @@ class Lowering:
             self.constants,
             arena,
             nbytes,
+            self.sharing,
             self.group_slot,
             self.mail_slot,
         )

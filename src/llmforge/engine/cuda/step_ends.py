@@ -9,7 +9,7 @@ from llmforge.kernels.launch import Launch, Operand
 from llmforge.kernels.staging import deliver, fetch
 
 # The tokens that a step draws, one a row. The next step may take its own from there.
-DRAWN = Operand("sample.tokens", (1,), "int32", 1)
+DRAWN = Operand("sample.tokens", ("rows",), "int32", 1)
 _TURN = Operand("staging.turn", (1,), "int32", 1)
 
 
