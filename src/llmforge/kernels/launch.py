@@ -104,8 +104,8 @@ class TensorMap:
 
 @dataclass(frozen=True)
 class HeadsMap:
-    """The same of a matrix [rows, heads * head_dim], seen as [1, rows, heads, head_dim] and copied in
-    boxes of 64 elements of so many heads of so many rows. `rows`: how many there is memory for."""
+    """The same of a matrix [rows, heads * head_dim], seen as [1, rows, heads, head_dim] and copied
+    in boxes of 64 elements of some heads of some rows. `rows`: how many there is memory for."""
 
     matrix: Operand
     heads: int

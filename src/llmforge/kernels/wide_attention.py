@@ -1,5 +1,5 @@
-"""The launches of attention_plan.cu and wide_attention.cu: attention of prompts, and of steps in which
-prompts and single tokens come together, on GPUs of compute capability 9.0."""
+"""The launches of attention_plan.cu and wide_attention.cu: attention of prompts, and of prompts and
+single tokens together, on GPUs of compute capability 9.0."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class AttentionPlan:
 def wide_attention_plan(
     dtype: str, heads: int, kv_heads: int, head_dim: int, block_size: int, keys: int | None = None
 ) -> AttentionPlan | None:
-    """The plan for such a cache, or None where the kernel does not take it. `keys`: of a tile, where
-    not as many as were fastest."""
+    """The plan for such a cache, or None where the kernel does not take it. `keys`: of a
+    tile, where not as many as were fastest."""
     group = heads // kv_heads
     if dtype == "float32" or head_dim % 16 or head_dim > 256 or group > _ROWS:
         return None

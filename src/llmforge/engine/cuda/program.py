@@ -40,8 +40,8 @@ class StepShape:
     exactly one token, and the next token of each is wanted. bulk_copies: the GPU has them,
     and shared memory for the rings of two kernels (compute capability 9 to 11), so few rows may be
     multiplied by stream_gemm.cu and gemv.cu. warpgroups: the GPU has products of warpgroups
-    (compute capability 9.0), so more rows may be multiplied by wide_gemm.cu, and prompts be attended
-    to by wide_attention.cu."""
+    (compute capability 9.0), so more rows may be multiplied by wide_gemm.cu, and prompts have
+    wide_attention.cu."""
 
     tokens: int
     sequences: int
