@@ -27,8 +27,8 @@ PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 OPTIONS = {
     # Calls of the API that fail are how libraries find out what a driver can do.
     "memcheck": ("--report-api-errors", "no"),
-    # Those of all blocks of a kernel, each of which has a ring of them for every warp.
-    "synccheck": ("--num-cuda-barriers", "65536"),
+    # Of a block, which has a ring of them for every warp: more than the tool expects.
+    "synccheck": ("--num-cuda-barriers", "256"),
 }
 # The driver says this where its debugging interface is shut, as in containers under gVisor.
 UNFIT = "Device not supported"

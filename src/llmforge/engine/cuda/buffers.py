@@ -139,8 +139,10 @@ class Memory:
         return self.tensors[operand.buffer]
 
     def next_staging(self) -> Staging:
-        """The area that the next step will fetch: to be called once for each step that runs."""
+        """The area that the next step will fetch: to be called once for each step that runs. Waits
+        for the step that used it last, whose tokens nobody may have asked for."""
         staging = self._staging[self._turn]
+        staging.done.synchronize()
         self._turn = 1 - self._turn
         return staging
 
