@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from llmforge.engine.cuda.program import Matmul
+from llmforge.engine.cuda.prompts import prompt_attention
 from llmforge.engine.cuda.state import (
     MAX_SPLITS,
     SUMS,
@@ -215,6 +216,9 @@ def norm(low: Lowering, name: str, x: Operand, weight: Operand, eps: float) -> N
 
 
 def attend(low: Lowering, node: Node, q: Operand, cache: Cache) -> None:
+    """Attention to the cache, which has the new keys and values already."""
+    if prompt_attention(low, node, q, cache):
+        return
     out = low.new(node.outputs[0])
     slopes = None
     if node.attrs.get("slopes"):

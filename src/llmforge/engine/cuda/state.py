@@ -42,7 +42,9 @@ class KernelChoice:
     stream_gemm.cu, and that to torch. Where it has products of warpgroups: those of more tokens, as
     WideTuning says. wide_gemm.cu leaves what it does not take to torch. And what follows the
     product of q, k and v in decode steps: qkv.cu and the kernels of attention ("separate"), or
-    decode_attention.cu ("fused"), which leaves what it does not take to those."""
+    decode_attention.cu ("fused"), which leaves what it does not take to those. In other steps
+    attention is wide_attention.cu's where the GPU has products of warpgroups and it takes the
+    shape, and otherwise, or by choice, that of the kernels for all GPUs."""
 
     one_row: Literal["stream_gemm", "gemv", "torch"] = "gemv"
     gemv: GemvTuning = DEFAULT_TUNING
@@ -52,6 +54,7 @@ class KernelChoice:
     rows: RowsTuning = DEFAULT_ROWS
     many_rows: Literal["wide_gemm", "torch"] = "wide_gemm"
     wide: WideTuning = DEFAULT_WIDE
+    prompts: Literal["wide_attention", "attention"] = "wide_attention"
 
 
 MEASURED = KernelChoice()
