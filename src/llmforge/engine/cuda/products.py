@@ -32,9 +32,8 @@ _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
 def kernel_of(low: Lowering, node: Node) -> ProductKernel:
     """What computes a linear node in this program."""
     weight, wanted = low.operand(node.inputs[1]), low.product_kernel()
-    dtype, (features, k) = weight.dtype, weight.shape
-    assert isinstance(features, int) and isinstance(k, int)
-    if wanted == "gemv" and gemv_plan(dtype, features, k, low.choice.gemv) is None:
+    dtype, k = weight.dtype, weight.features
+    if wanted == "gemv" and gemv_plan(dtype, k, low.choice.gemv) is None:
         wanted = "stream_gemm"
     if wanted == "rows_gemm" and rows_plan(dtype, k, low.choice.rows) is None:
         wanted = "stream_gemm"
