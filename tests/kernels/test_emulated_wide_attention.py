@@ -71,7 +71,8 @@ def test_tiles(keys: int, window: int | None) -> None:
 def test_the_list_has_every_token_once_and_long_items_first(window: int | None) -> None:
     count = 70  # more sequences than a block has warps
     tokens = tuple(1 + 37 * i % 200 * (i % 3 == 0) for i in range(count))
-    case = Prompts(tokens, tuple(97 * i % 3000 for i in range(count)), window=window)
+    past = tuple(97 * i % 3000 for i in range(count))
+    case = Prompts(tokens, past, window=window, keys=16)
     bench = Bench()
     bench.tensors = drawn(case, 0)
     launch, _ = launches(case, bench.tensors)
