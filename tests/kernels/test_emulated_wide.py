@@ -131,7 +131,7 @@ def test_what_is_fused(dtype: str, rows: int, fused: dict[str, object]) -> None:
 @pytest.mark.parametrize("rows", [9, 20, 65, 100, 128, 192, 256])
 def test_warpgroups_have_64_rows_each(rows: int) -> None:
     plan = WidePlan(-(-rows // 8) * 8, 48)
-    check(rows, 48, 192, plan, residual=True, weighs=True)
+    check(rows, 80, 192, plan, residual=True, weighs=True)
     check(rows, 24, 192, plan, activation="silu", norm_tiles=5)
 
 
@@ -157,6 +157,18 @@ def test_tiles(columns: int) -> None:
     check(33, 2 * columns + 20, 320, WidePlan(64, columns), residual=True, weighs=True)
     check(37, 2 * columns, 1280, WidePlan(64, columns), activation="silu", bias=True)
     check(37, columns + 8, 1280, WidePlan(64, columns), activation="silu", norm_tiles=2)
+
+
+def test_sums_wait_for_what_scales_them() -> None:
+    for seed in range(8):  # whichever warp is first
+        check(9, 32, 64, WidePlan(16, 32), norm_tiles=2, seed=seed)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 104, 192, 256])
+def test_whole_warpgroups_read_memory_of_their_block(rows: int) -> None:
+    plan = WidePlan(rows, 32)
+    last_x = 1024 + (plan.stages - 1) * (32 + rows) * 128 + 32 * 128
+    assert last_x + plan.groups * 64 * 128 <= plan.shared_bytes <= 225 << 10
 
 
 def test_plans_of_a_real_model() -> None:

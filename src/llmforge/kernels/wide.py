@@ -29,9 +29,9 @@ _MAX_SPLIT = 8
 _COUNTERS = 1024  # in `StreamScratch.counters`
 # Of an H200. Others of compute capability 9.0 have as many multiprocessors or fewer.
 _PROCESSORS = 132
+_CHUNK = 0.17  # microseconds that a slot takes at least
 # A microsecond's operations of a multiprocessor's tensor cores under lasting load, and bytes that a
 # multiprocessor, and all of them from memory, were seen to take in.
-_CHUNK = 0.17  # microseconds that a slot takes at least
 _OPERATION_RATE, _PROCESSOR_RATE, _MEMORY_RATE = 6e6, 66e3, 4.4e6
 
 
@@ -66,15 +66,15 @@ class WidePlan:
 
     @property
     def stages(self) -> int:
-        fixed = self.fixed_bytes + OVERHEAD_BYTES
+        fixed = self._fixed_bytes + OVERHEAD_BYTES
         return min((_ALL_BYTES - fixed) // self._slot_bytes, _MAX_STAGES)
 
     @property
     def shared_bytes(self) -> int:
-        return self.stages * self._slot_bytes + self.fixed_bytes
+        return self.stages * self._slot_bytes + self._fixed_bytes
 
     @property
-    def fixed_bytes(self) -> int:
+    def _fixed_bytes(self) -> int:
         """To where the slots can begin, and what whole warpgroups read behind them."""
         return 1024 + (self.groups * _GROUP - self.rows) * 128
 
