@@ -213,7 +213,7 @@ def expected(case: Case, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {"out": out, "keys": keys, "values": values}
 
 
-def _off(got: torch.Tensor, want: torch.Tensor, head_dim: int) -> float:
+def row_distance(got: torch.Tensor, want: torch.Tensor, head_dim: int) -> float:
     """The largest distance of a head's row, relative to its norm; infinite where either is NaN."""
     rows = (got.unflatten(-1, (-1, head_dim)).float(), want.unflatten(-1, (-1, head_dim)).float())
     off = (rows[0] - rows[1]).norm(dim=-1) / rows[1].norm(dim=-1)
@@ -236,8 +236,8 @@ def compare(case: Case, tensors: Tensors, run: Run) -> dict[str, float]:
     cache = max(float((a - b).abs().max() / b.abs().max()) for a, b in written)
     left_alone = all(torch.equal(got[n].isnan(), want[n].isnan()) for n in ("keys", "values"))
     return {
-        "out": _off(got["out"], want["out"], case.head_dim),
-        "others": _off(got["out"], results[False]["out"], case.head_dim),
+        "out": row_distance(got["out"], want["out"], case.head_dim),
+        "others": row_distance(got["out"], results[False]["out"], case.head_dim),
         "cache": cache if left_alone else torch.inf,
         "counters": float(got["counters"].count_nonzero()),
     }

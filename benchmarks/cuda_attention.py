@@ -83,21 +83,31 @@ class Launcher:
         self._sizes = Sizes(("tokens", "sequences", "longest_query", "processors"))
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         self._sizes.set("processors", processors)
-        self._sizes.set("longest_query", 1)
 
-    def run(self, launch: Launch, tensors: Tensors, sequences: int) -> None:
-        """On tensors of this machine's memory, into which the results come."""
-        self._sizes.set("tokens", sequences)
-        self._sizes.set("sequences", sequences)
-        there = {name: tensor.cuda() for name, tensor in tensors.items()}
-        bound = BoundLaunch(
+    def bind(self, launch: Launch, tensors: Tensors) -> BoundLaunch:
+        """The launch on tensors of the GPU's memory."""
+        return BoundLaunch(
             launch,
             self._modules[launch.kernel.key],
-            lambda name: there[name].data_ptr(),
+            lambda name: tensors[name].data_ptr(),
             self._sizes,
             overlap=torch.cuda.get_device_capability()[0] >= 9,
         )
-        bound(torch.cuda.current_stream().cuda_stream)
+
+    def set_step(self, tokens: int, sequences: int, longest: int) -> None:
+        """The sizes with which launches start from now on."""
+        self._sizes.set("tokens", tokens)
+        self._sizes.set("sequences", sequences)
+        self._sizes.set("longest_query", longest)
+
+    def run(
+        self, launch: Launch, tensors: Tensors, sequences: int, tokens: int | None = None
+    ) -> None:
+        """On tensors of this machine's memory, into which the results come. tokens: where not one a
+        sequence."""
+        self.set_step(tokens or sequences, sequences, 1)
+        there = {name: tensor.cuda() for name, tensor in tensors.items()}
+        self.bind(launch, there)(torch.cuda.current_stream().cuda_stream)
         for name, tensor in there.items():
             tensors[name].copy_(tensor)
 

@@ -57,7 +57,7 @@ def library(spec: KernelSpec, arch: str = "sm_90", text: str | None = None) -> P
     if text is not None:
         sources[spec.source] = text.encode()
     texts = {name: _adapted(text.decode()) for name, text in sources.items()}
-    for own in ("ptx.cuh", "wgmma.cuh"):  # the emulation has its own
+    for own in ("ptx.cuh", "wgmma.cuh", "wgmma_values.cuh"):  # the emulation has its own
         texts.pop(own, None)
     texts["kernel.cpp"] = _wrapper(spec, int(arch.removeprefix("sm_")))
     digest = hashlib.sha256(f"{_version()} {FLAGS}".encode())

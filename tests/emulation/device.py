@@ -20,7 +20,7 @@ import torch
 from emulation.build import library
 from llmforge.kernels.compile import KernelSpec
 from llmforge.kernels.driver import Arguments, Sizes
-from llmforge.kernels.launch import DTYPE_BYTES, Launch, Operand, TensorMap
+from llmforge.kernels.launch import DTYPE_BYTES, AnyMap, Launch, Operand
 
 PROCESSORS = 6
 _STACKS = 1024 * (64 << 10)  # MAX_THREADS * STACK_BYTES of fibers.h
@@ -154,7 +154,7 @@ class EmulatedLaunch:
             raise EmulationError(f"{self._module.entry}: writes outside its operands ({count} B)")
 
 
-def _encode(map: TensorMap, address: int) -> tuple[Any, int]:
+def _encode(map: AnyMap, address: int) -> tuple[Any, int]:
     """EncodedMap of copies.h, aligned as a TensorMap is, and its address."""
     itemsize = DTYPE_BYTES[map.matrix.dtype]
     buffer = np.zeros(128 + 64, np.uint8)

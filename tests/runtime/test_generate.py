@@ -189,7 +189,8 @@ def test_the_other_ranks_begin_a_step_before_the_one_before_is_over():
         return generate(executable, comm, [request], vocab_size=VOCAB)
 
     assert list(run_ranks(2, work)[0][0].token_ids) == reference(request, 32)
-    assert seen[0].ahead == seen[1].ahead == [False] + [True] * 9
+    for executable in seen:
+        assert executable.ahead == executable.begun_within == [False] + [True] * 9
 
 
 def test_a_refused_request_reaches_the_caller_and_lets_followers_return():
@@ -225,6 +226,20 @@ def test_an_error_within_a_step_propagates():
         run_ranks(2, work)
 
 
+class BrokenAhead(AheadToyExecutable):
+    """Fails where the third step's tokens are asked for."""
+
+    def begin(self, batch):
+        tokens, number = super().begin(batch), len(self.batches)
+
+        def read():
+            if number == 3:
+                raise OSError("device lost")
+            return tokens()
+
+        return read
+
+
 class Recorder(LocalComm):
     """Two ranks, of which the other is not there."""
 
@@ -243,6 +258,10 @@ def test_followers_are_told_of_the_end_unless_they_are_within_a_step():
     with pytest.raises(OSError, match="device lost"):
         generate(Broken(limits()), comm, [Request(0, (1, 2), 8)], vocab_size=VOCAB)
     assert len(comm.sent) == 3 and None not in comm.sent
+    comm = Recorder()
+    with pytest.raises(OSError, match="device lost"):
+        generate(BrokenAhead(limits()), comm, [Request(0, (1, 2), 8)], vocab_size=VOCAB)
+    assert len(comm.sent) == 4 and None not in comm.sent
     comm = Recorder()
     generate(ToyExecutable(limits()), comm, [Request(0, (1, 2), 8)], vocab_size=VOCAB)
     assert len(comm.sent) == 9 and comm.sent[-1] is None

@@ -93,6 +93,7 @@ class AheadToyExecutable(ToyExecutable):
         self.drawn = np.zeros(0, np.int32)
         self.unread: list[int] = []  # steps whose tokens nobody has asked for
         self.ahead: list[bool] = []  # which steps began with tokens that were still being drawn
+        self.begun_within: list[bool] = []  # which began while the one before was not over
 
     def begin(self, batch: StepBatch) -> Callable[[], Int32]:
         assert len(self.unread) < 2, "the tokens of the last step but one are not read yet"
@@ -102,6 +103,7 @@ class AheadToyExecutable(ToyExecutable):
         result = self.step(replace(batch, token_ids=self._resolved(ids)))
         drawn = self.drawn = self._shared(result, len(batch.logit_rows))
         number = len(self.batches)
+        self.begun_within.append(bool(self.unread))
         self.unread.append(number)
         self.ahead.append(bool((ids < 0).any()))
 

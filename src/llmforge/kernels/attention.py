@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmforge.kernels.launch import (
+    DTYPE_BYTES,
     Argument,
     Extent,
     Float,
@@ -12,6 +13,7 @@ from llmforge.kernels.launch import (
     Operand,
     Size,
     extent,
+    load_width,
     require,
     same_dtype,
     specialised,
@@ -86,16 +88,30 @@ def qkv(
     heads = q.features // cache.head_dim
     require(k.features == v.features == cache.kv_heads * cache.head_dim, "qkv: k, v and cache")
     require(q_out.contiguous and q_out.features == q.features, "qkv: q_out is q, contiguous")
-    warps = 4
-    defines = {"HEADS": heads, "WARPS": warps, **steps.defines, **cache.defines}
-    spec = specialised("qkv.cu", "qkv", dtype, **defines)
+    defines = {"HEADS": heads, **steps.defines, **cache.defines}
     arguments: tuple[Argument, ...] = (
         q_out, cache.keys, cache.values, q, k, v, *steps.operands, positions,
         cache.query_starts, cache.block_table, Size("sequences"),
         q.row_stride, k.row_stride, v.row_stride, Float(steps.eps),
     )  # fmt: skip
+    tokens, threads = extent(q.shape[0]), 128
+    if _in_pairs(dtype, (q_out, q, k, v), cache, steps):
+        spec = specialised("qkv_pairs.cu", "qkv", dtype, THREADS=threads, **defines)
+        return Launch(spec, arguments, (tokens, 1, 1), threads)
+    warps = threads // 32
+    spec = specialised("qkv.cu", "qkv", dtype, WARPS=warps, **defines)
     blocks = -(-(heads + 2 * cache.kv_heads) // warps)
-    return Launch(spec, arguments, (extent(q.shape[0]), blocks, 1), warps * 32)
+    return Launch(spec, arguments, (tokens, blocks, 1), threads)
+
+
+def _in_pairs(dtype: str, rows: tuple[Operand, ...], cache: Cache, steps: QkvSteps) -> bool:
+    """Whether qkv_pairs.cu takes the rows of q and what becomes of them."""
+    if dtype == "float32" or steps.q_norm is not None:
+        return False
+    rope_dim = steps.defines["ROPE_DIM"]
+    biases = () if steps.bias is None else (steps.bias,)
+    width = load_width(*rows, *biases, run=cache.head_dim)
+    return width * DTYPE_BYTES[dtype] == 16 and not (cache.head_dim % 16 or rope_dim % 16)
 
 
 @dataclass(frozen=True)

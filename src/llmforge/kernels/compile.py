@@ -24,7 +24,10 @@ from llmforge.errors import BuildError
 DEFAULT_CACHE = Path("~/.cache/llmforge/kernels")
 _INCLUDE = re.compile(rb'^#include "([a-z_]+\.cuh)"', re.MULTILINE)
 # Kernels with instructions that no later GPU has: what they are compiled for instead.
-_EXACT = {("wide_gemm.cu", "sm_90"): "sm_90a"}
+_EXACT = {
+    ("wide_gemm.cu", "sm_90"): "sm_90a",
+    ("wide_attention.cu", "sm_90"): "sm_90a",
+}
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 

@@ -13,9 +13,11 @@ from typing import Any
 from llmforge.errors import TargetError
 from llmforge.kernels.launch import (
     DTYPE_BYTES,
+    AnyMap,
     Double,
     Extent,
     Float,
+    HeadsMap,
     Launch,
     Operand,
     Size,
@@ -114,7 +116,7 @@ class Arguments:
         launch: Launch,
         address_of: Callable[[str], int],
         sizes: Sizes,
-        encode: Callable[[TensorMap, int], tuple[Any, int]],
+        encode: Callable[[AnyMap, int], tuple[Any, int]],
     ) -> None:
         """address_of: the address of each buffer. encode: the map of a matrix at an address: what
         keeps it in memory, and where it lies there."""
@@ -134,7 +136,7 @@ class Arguments:
         elif isinstance(argument, Operand):
             offset = argument.offset * DTYPE_BYTES[argument.dtype]
             cell = ctypes.c_void_p(address_of(argument.buffer) + offset)
-        elif isinstance(argument, TensorMap):
+        elif isinstance(argument, TensorMap | HeadsMap):
             matrix = argument.matrix
             offset = matrix.offset * DTYPE_BYTES[matrix.dtype]
             encoded, address = self._encode(argument, address_of(matrix.buffer) + offset)
@@ -202,7 +204,7 @@ class BoundLaunch:
         config.gridDimX, config.gridDimY, config.gridDimZ = map(self._sizes.extent, self._grid)
 
 
-def _encode(map: TensorMap, address: int) -> tuple[Any, int]:
+def _encode(map: AnyMap, address: int) -> tuple[Any, int]:
     """The CUtensorMap of a matrix at this address, and its own."""
     from cuda.bindings import driver
 

@@ -102,7 +102,37 @@ class TensorMap:
         return row, self.sizes[1] * row, 64 * DTYPE_BYTES[self.matrix.dtype]
 
 
-Argument = Operand | TensorMap | Size | Float | Double | int | None
+@dataclass(frozen=True)
+class HeadsMap:
+    """The same of a matrix [rows, heads * head_dim], seen as [1, rows, heads, head_dim] and copied
+    in boxes of 64 elements of some heads of some rows. `rows`: how many there is memory for."""
+
+    matrix: Operand
+    heads: int
+    head_dim: int
+    rows: int
+    box_heads: int
+    box_rows: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Elements in the order of the dimensions."""
+        return 1, self.box_rows, self.box_heads, 64
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Elements of each dimension, the innermost first."""
+        return self.head_dim, self.heads, self.rows, 1
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Bytes between neighbours, of the dimensions from the second on."""
+        head = self.head_dim * DTYPE_BYTES[self.matrix.dtype]
+        return head, self.heads * head, self.rows * self.heads * head
+
+
+AnyMap = TensorMap | HeadsMap
+Argument = Operand | TensorMap | HeadsMap | Size | Float | Double | int | None
 Extent = int | Size
 
 

@@ -13,6 +13,7 @@ struct Copy {
     void* barrier;      // of a bulk copy
     int fiber, group;   // of another
     size_t swizzle;     // 16-byte units of a row of 128 bytes are permuted by the row's address
+    size_t from = 0;    // bytes from the target's row on
 };
 
 const int MAX_COPIES = 4096;
@@ -41,7 +42,7 @@ struct Barrier {
 inline void make(const Copy& copy) {
     if (copy.swizzle) {
         for (size_t i = 0; i < copy.bytes; i += 16) {
-            const size_t at = (size_t)copy.target + i;
+            const size_t at = (size_t)copy.target + copy.from + i;
             memcpy((void*)(at ^ (at >> 3 & 0x70)), copy.source + i, 16);
         }
     } else {
@@ -79,17 +80,24 @@ struct EncodedMap {
 
 inline void begin_box(char* target, const EncodedMap& map, const int (&at)[4], void* barrier) {
     const size_t row_bytes = (size_t)map.box[0] * map.itemsize;
-    if (row_bytes != 128 || at[0] != 0) fail("a box has rows of 128 bytes, which begin at 0");
+    if (row_bytes != 128) fail("a box has rows of 128 bytes");
     if ((size_t)target % 128) fail("a box goes to a multiple of 128 bytes");
+    // What of a row is inside: whole units of 16 bytes, which are permuted one by one.
+    const int64_t left = ((int64_t)map.sizes[0] - at[0]) * map.itemsize;
+    const size_t there = left < 0 ? 0 : left < (int64_t)row_bytes ? left : row_bytes;
+    if (there % 16) fail("a row of a map is of whole 16 bytes");
     static const char zeros[128] = {};
     for (unsigned i3 = 0; i3 < map.box[3]; i3++)
         for (unsigned i2 = 0; i2 < map.box[2]; i2++)
             for (unsigned i1 = 0; i1 < map.box[1]; i1++) {
                 const uint64_t r1 = at[1] + i1, r2 = at[2] + i2, r3 = at[3] + i3;
                 const bool inside = r1 < map.sizes[1] && r2 < map.sizes[2] && r3 < map.sizes[3];
-                const char* source = map.address + r1 * map.strides[0] + r2 * map.strides[1] +
-                                     r3 * map.strides[2];
-                begin({target, inside ? source : zeros, row_bytes, barrier, 0, 0, 1});
+                const char* source = map.address + (int64_t)at[0] * map.itemsize +
+                                     r1 * map.strides[0] + r2 * map.strides[1] + r3 * map.strides[2];
+                const size_t bytes = inside ? there : 0;
+                if (bytes) begin({target, source, bytes, barrier, 0, 0, 1});
+                if (bytes < row_bytes)
+                    begin({target, zeros, row_bytes - bytes, barrier, 0, 0, 1, bytes});
                 target += row_bytes;
             }
 }

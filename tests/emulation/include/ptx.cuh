@@ -53,6 +53,8 @@ DEVICE u32 multiply_pairs(u32 a, u32 b) {
 }
 #endif
 
+DEVICE float power_of_2(float x) { return x < -126 ? 0.0f : exp2f(x); }
+
 // Other ranks are other threads of the process.
 DEVICE void store_release(u32* address, u32 value) {
     __atomic_store_n(address, value, __ATOMIC_RELEASE);

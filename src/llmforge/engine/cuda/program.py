@@ -16,6 +16,7 @@ from llmforge.kernels.launch import (
     DTYPE_BYTES,
     SAMPLE_PARAMS_BYTES,
     Dim,
+    HeadsMap,
     Launch,
     Operand,
     TensorMap,
@@ -39,7 +40,8 @@ class StepShape:
     exactly one token, and the next token of each is wanted. bulk_copies: the GPU has them,
     and shared memory for the rings of two kernels (compute capability 9 to 11), so few rows may be
     multiplied by stream_gemm.cu and gemv.cu. warpgroups: the GPU has products of warpgroups
-    (compute capability 9.0), so more rows may be multiplied by wide_gemm.cu."""
+    (compute capability 9.0), so more rows may be multiplied by wide_gemm.cu, and prompts have
+    wide_attention.cu."""
 
     tokens: int
     sequences: int
@@ -102,7 +104,7 @@ class Instruction:
             found = (self.call.x, self.call.weight, self.call.bias, self.call.out)
             return [o for o in found if o is not None]
         arguments = self.call.arguments
-        maps = [a.matrix for a in arguments if isinstance(a, TensorMap)]
+        maps = [a.matrix for a in arguments if isinstance(a, TensorMap | HeadsMap)]
         return [a for a in arguments if isinstance(a, Operand)] + maps
 
 

@@ -48,6 +48,15 @@ DEVICE u32 multiply_pairs(u32 a, u32 b) {
 }
 #endif
 
+// -- arithmetic -----------------------------------------------------------------------------------
+
+// 2 to the power of x, to about 22 bits, of x below -126 zero.
+DEVICE float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // -- memory between ranks -------------------------------------------------------------------------
 
 DEVICE void store_release(u32* address, u32 value) {

@@ -70,7 +70,8 @@ DEVICE void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 // The sums, known to be complete: reads of them stay behind this.
-DEVICE void sums_ready(float (&d)[COLUMNS / 2]) {
+template <int N>
+DEVICE void sums_ready(float (&d)[N]) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
