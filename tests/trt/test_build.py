@@ -158,6 +158,29 @@ def test_a_package_without_bfloat16() -> None:
         TensorRTTarget("tensorrt", package=package).prepare(graph)
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ((), "builds engines only on a machine with an NVIDIA GPU"),
+        (("validateCaskKLibDigest(sha256sum) failed",), "TensorRT's builder: .*Digest"),
+    ],
+)
+def test_a_builder_that_cannot_be_made(
+    said: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reason where it gives one; without a GPU it gives none."""
+    package = Package.load("tensorrt-rtx")
+
+    def refuse(logger: Any) -> None:
+        for message in said:
+            logger.log(package.trt.ILogger.ERROR, message)
+        raise TypeError("factory function returned nullptr")
+
+    monkeypatch.setattr(package.trt, "Builder", refuse)
+    with pytest.raises(BuildError, match=expected):
+        package.create_network()
+
+
 def test_scores_beyond_what_tensorrt_can_index() -> None:
     graph = trace(_config("float16"), Topology(), 0)
     limits = Limits(1, 1 << 17, 1 << 13, 1 << 17, 1)
