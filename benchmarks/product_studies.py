@@ -12,12 +12,12 @@ from llmforge.kernels.rows import RowsTuning
 
 TUNINGS = {
     "gemv": GemvTuning(),
-    "8 warps, 3 x 2 KB": GemvTuning(stages=3, short=0),
-    "8 warps, 4 x 2 KB": GemvTuning(short=0),
+    "8 warps, 3 x 2 KB": GemvTuning(stages=3, narrow=0),
+    "8 warps, 4 x 2 KB": GemvTuning(narrow=0),
     "8 warps, 6 x 2 KB": GemvTuning(stages=6),
-    "8 warps, 2 x 4 KB": GemvTuning(piece=4096, stages=2, short=0),
-    "12 warps, 4 x 2 KB": GemvTuning(warps=12, short=0),
-    "16 warps, 4 x 1 KB": GemvTuning(warps=16, piece=1024, short=0),
+    "8 warps, 2 x 4 KB": GemvTuning(piece=4096, stages=2, narrow=0),
+    "12 warps, 4 x 2 KB": GemvTuning(warps=12, narrow=0),
+    "16 warps, 4 x 1 KB": GemvTuning(warps=16, piece=1024, narrow=0),
 }
 VARIANTS = {
     "stream_gemm": KernelChoice("stream_gemm"),

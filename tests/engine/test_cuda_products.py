@@ -64,12 +64,14 @@ def test_few_rows_go_to_the_kernel_that_is_asked_for(config: ModelConfig) -> Non
 
 def test_more_rows_are_wide_gemms_where_it_is_and_torchs_elsewhere() -> None:
     graph = CudaTarget().prepare(trace(REAL[1], Topology(), 0))
-    limits = dataclasses.replace(LIMITS, max_batch_size=192, max_num_tokens=512)
+    limits = dataclasses.replace(LIMITS, max_batch_size=320, max_num_tokens=512)
     for arch, kernel in (("sm_90", "wide_gemm"), ("sm_100", "Matmul")):
         found = programs(graph, limits, arch)
         decodes = {p.shape.tokens: entries(p) for p in found if p.shape.decode}
         assert decodes[8]["rows_gemm"] == decodes[24][kernel] == decodes[128][kernel] == 5
-        assert decodes[16]["Matmul"] == decodes[192]["Matmul"] == 5
+        assert decodes[16][kernel] == decodes[192][kernel] == 5
+        assert decodes[256][kernel] == (1 if kernel == "wide_gemm" else 5)
+        assert decodes[320]["Matmul"] == 5
     prompts = {p.shape.tokens: entries(p) for p in programs(graph, limits, "sm_90")[:2]}
     # The rows that are wanted of a prompt are few: their product is torch's.
     assert prompts[128]["wide_gemm"] == 4 and prompts[128]["Matmul"] == 1

@@ -22,7 +22,7 @@ from llmforge.parallel import Topology
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
-SMALL = GemvTuning(warps=2, piece=512, stages=2, short=0)
+SMALL = GemvTuning(warps=2, piece=512, stages=2, narrow=0)
 
 
 def check(
@@ -106,9 +106,9 @@ def test_shapes(features: int, k: int, gated: bool) -> None:
 @pytest.mark.parametrize(
     "tuning",
     [
-        GemvTuning(warps=1, piece=512, stages=1, short=0),
-        GemvTuning(warps=3, piece=512, stages=5, short=0),
-        GemvTuning(warps=2, piece=1024, stages=3, short=0),
+        GemvTuning(warps=1, piece=512, stages=1, narrow=0),
+        GemvTuning(warps=3, piece=512, stages=5, narrow=0),
+        GemvTuning(warps=2, piece=1024, stages=3, narrow=0),
         GemvTuning(),
         GemvTuning(warps=4, piece=8192),
     ],

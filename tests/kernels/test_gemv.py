@@ -17,8 +17,8 @@ SIZES = (64, 1000, 2048, 4096, 8192, 14336, 28672)
 TUNINGS = (
     GemvTuning(),
     GemvTuning(warps=4, piece=8192),
-    GemvTuning(short_stages=4),
-    GemvTuning(short=0),
+    GemvTuning(narrow_stages=4),
+    GemvTuning(narrow=0),
     GemvTuning(warps=12, piece=4096, stages=2),
 )
 
@@ -40,12 +40,10 @@ def call(
 
 @pytest.mark.parametrize("tuning", TUNINGS, ids=str)
 @pytest.mark.parametrize("k", SIZES)
-@pytest.mark.parametrize("features", [8, 128256])
-def test_pieces_make_up_a_row_and_rings_with_x_fit(
-    k: int, features: int, tuning: GemvTuning
-) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_pieces_make_up_a_row_and_rings_with_x_fit(k: int, gated: bool, tuning: GemvTuning) -> None:
     for alone in (False, True):
-        plan = gemv_plan("bfloat16", features, k, tuning, alone=alone)
+        plan = gemv_plan("bfloat16", k, tuning, gated=gated, alone=alone)
         assert plan is not None and plan.piece % 512 == 0 and plan.piece <= tuning.piece
         parts = -(-2 * k // plan.piece)
         assert 0 < 2 * k - (parts - 1) * plan.piece <= plan.piece, "the last piece is not empty"
@@ -56,13 +54,13 @@ def test_pieces_make_up_a_row_and_rings_with_x_fit(
 def test_a_block_that_is_alone_has_room_for_one_that_is_not_and_for_none_like_it(
     tuning: GemvTuning,
 ) -> None:
-    slots = 8 * tuning.warps * max(tuning.stages, tuning.short_stages) + 1024 + 64
+    slots = 8 * tuning.warps * max(tuning.stages, tuning.narrow_stages) + 1024 + 64
     sizes: dict[bool, list[int]] = {}
     for alone in (False, True):
         plans = [
-            gemv_plan("bfloat16", features, k, tuning, alone=alone)
+            gemv_plan("bfloat16", k, tuning, gated=gated, alone=alone)
             for k in SIZES
-            for features in (8, 128256)
+            for gated in (False, True)
         ]
         sizes[alone] = [plan.shared_bytes + slots for plan in plans if plan]
     for one, other in itertools.product(sizes[True], sizes[False]):
@@ -70,18 +68,20 @@ def test_a_block_that_is_alone_has_room_for_one_that_is_not_and_for_none_like_it
     assert all(2 * one > MULTIPROCESSOR_BYTES for one in sizes[True])
 
 
-def test_a_short_product_has_longer_rings() -> None:
-    tuning = GemvTuning(stages=3, short_stages=5, short=2 * 64 * 2048)
-    plans = [gemv_plan("bfloat16", features, 2048, tuning) for features in (64, 65)]
-    assert [plan.stages for plan in plans if plan] == [5, 3]
+def test_gated_products_of_short_rows_have_longer_rings() -> None:
+    tuning = GemvTuning(stages=3, narrow_stages=5, narrow=2048)
+    found = [
+        plan.stages
+        for k, gated in ((2048, True), (2048, False), (2056, True))
+        if (plan := gemv_plan("bfloat16", k, tuning, gated=gated))
+    ]
+    assert found == [5, 3, 3]
 
 
 def test_what_it_does_not_take() -> None:
-    assert gemv_plan("float32", 64, 4096, GemvTuning()) is None
-    assert gemv_plan("bfloat16", 64, 4092, GemvTuning()) is None, (
-        "rows that do not start at 16 bytes"
-    )
-    assert gemv_plan("bfloat16", 64, 60000, GemvTuning()) is None, "no room beside x"
+    assert gemv_plan("float32", 4096, GemvTuning()) is None
+    assert gemv_plan("bfloat16", 4092, GemvTuning()) is None, "rows that do not start at 16 bytes"
+    assert gemv_plan("bfloat16", 60000, GemvTuning()) is None, "no room beside x"
 
 
 def test_arguments_are_checked() -> None:

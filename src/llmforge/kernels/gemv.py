@@ -30,24 +30,24 @@ class GemvTuning:
     """What a measurement is to choose; benchmarks/cuda_products.py is one.
 
     warps: of a block. piece: the most bytes of one copy, less where shared memory does not hold all
-    rings. stages: slots of a warp's ring; short_stages: those where all weights are at most `short`
-    bytes, for what lies in the rings at the start of a product is most of a short one."""
+    rings. stages: slots of a warp's ring; narrow_stages: those of gated products over at most
+    `narrow` elements, whose rows are of few pieces."""
 
     warps: int = 8
     piece: int = 2048
     stages: int = 4
-    short_stages: int = 6
-    short: int = 72 << 20
+    narrow_stages: int = 6
+    narrow: int = 2048
 
     def __post_init__(self) -> None:
         require(0 < self.warps <= _MAX_WARPS, f"gemv: 1 to {_MAX_WARPS} warps")
         require(self.piece > 0 and self.piece % _LOAD_BYTES == 0, "gemv: pieces of 512 bytes")
-        for stages in (self.stages, self.short_stages):
+        for stages in (self.stages, self.narrow_stages):
             require(0 < stages <= _MAX_STAGES, f"gemv: 1 to {_MAX_STAGES} stages")
 
-    def stages_of(self, features: int, k: int) -> int:
-        """Slots of a warp's ring for weights [features, k] of two bytes."""
-        return self.short_stages if 2 * features * k <= self.short else self.stages
+    def stages_of(self, k: int, *, gated: bool) -> int:
+        """Slots of a warp's ring for products over `k` elements."""
+        return self.narrow_stages if gated and k <= self.narrow else self.stages
 
 
 DEFAULT_TUNING = GemvTuning()
@@ -64,12 +64,12 @@ class GemvPlan:
 
 
 def gemv_plan(
-    dtype: str, features: int, k: int, tuning: GemvTuning, *, alone: bool = False
+    dtype: str, k: int, tuning: GemvTuning, *, gated: bool = False, alone: bool = False
 ) -> GemvPlan | None:
-    """The plan for weights [features, k], or None where the kernel does not take them."""
+    """The plan for weights of `k` columns, or None where the kernel does not take them."""
     if dtype == "float32" or k % 8:
         return None
-    stages = tuning.stages_of(features, k)
+    stages = tuning.stages_of(k, gated=gated)
     row, slots = 2 * k, tuning.warps * stages
     most = (ALONE_BYTES if alone else SHARED_BYTES) - OVERHEAD_BYTES
     longest = min(tuning.piece, (most - row) // slots // _LOAD_BYTES * _LOAD_BYTES)
@@ -97,7 +97,7 @@ def gemv(
     dtype = same_dtype(out, x, weight, bias, residual, norm_weight)
     features, k = weight.shape
     assert isinstance(features, int) and isinstance(k, int)
-    plan = gemv_plan(dtype, features, k, tuning, alone=alone)
+    plan = gemv_plan(dtype, k, tuning, gated=activation is not None, alone=alone)
     assert plan is not None, f"gemv_plan takes no products over {k} {dtype}"
     require(x.features == k and x.offset % 8 == 0, "gemv: x is [1, k], aligned to 16 bytes")
     require(norm_weight is None or norm_weight.features == k, "gemv: a norm of all of x")

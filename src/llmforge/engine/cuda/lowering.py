@@ -56,6 +56,8 @@ def _split(low: Lowering, node: Node) -> None:
 
 
 def _rms_norm(low: Lowering, node: Node) -> None:
+    if node.outputs[0] in low.weighed:
+        return  # the product that gave x has left what its readers need
     x, weight = (low.operand(name) for name in node.inputs)
     norm(low, node.outputs[0], x, weight, node.attrs["eps"])
 
@@ -153,8 +155,7 @@ def _soft_cap(low: Lowering, node: Node) -> None:
 
 def _select_rows(low: Lowering, node: Node) -> None:
     x, rows = (low.operand(name) for name in node.inputs)
-    if low.shape.decode and node.inputs[1] == "logit_rows":
-        # Every row is wanted, in order.
+    if low.selects_all(node):
         shape = (*rows.shape, *x.shape[1:])
         low.operands[node.outputs[0]] = dataclasses.replace(x, shape=shape)
         return

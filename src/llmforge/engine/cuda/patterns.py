@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmforge.engine.cuda.collectives import all_reduce_add
 from llmforge.engine.cuda.decode import fused_attention
-from llmforge.engine.cuda.products import attend, norm, product, streams
+from llmforge.engine.cuda.products import attend, norm, product, streams, weighed_norm
 from llmforge.engine.cuda.state import Lowering
 from llmforge.kernels import attention
 from llmforge.kernels.attention import QkvSteps
@@ -117,7 +117,8 @@ def _linear_gated(low: Lowering, index: int) -> int:
 
 
 def _linear_add(low: Lowering, index: int) -> int:
-    """A streamed product that adds the residual; the norm behind the sum is left to its readers."""
+    """A streamed product that adds the residual; the norm behind the sum is left to its readers, or
+    they and the product share it."""
     nodes = low.graph.nodes[index : index + 2]
     if nodes[0].op != "linear" or len(nodes) < 2 or nodes[1].op not in ("add", "add_rms_norm"):
         return 0
@@ -132,8 +133,9 @@ def _linear_add(low: Lowering, index: int) -> int:
         return 0
     bias = low.operand(linear.inputs[2]) if linear.inputs[2] else None
     total = low.new(added.outputs[0])
-    product(low, linear, total, bias=bias, residual=residual)
-    if added.op == "add_rms_norm":
+    left = weighed_norm(low, linear, added)
+    product(low, linear, total, bias=bias, residual=residual, next_norm=left)
+    if added.op == "add_rms_norm" and left is None:
         norm(low, added.outputs[1], total, low.operand(added.inputs[2]), added.attrs["eps"])
     return 2
 

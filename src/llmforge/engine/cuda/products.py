@@ -8,7 +8,14 @@ from typing import Any
 
 from llmforge.engine.cuda.program import Matmul
 from llmforge.engine.cuda.prompts import prompt_attention
-from llmforge.engine.cuda.state import MAX_SPLITS, SUMS, DeferredNorm, Lowering, ProductKernel
+from llmforge.engine.cuda.state import (
+    MAX_SPLITS,
+    SUMS,
+    DeferredNorm,
+    Lowering,
+    ProductKernel,
+    WeighedNorm,
+)
 from llmforge.kernels import attention, stream, wide
 from llmforge.kernels import launch as kernels
 from llmforge.kernels.attention import Cache, SplitScratch
@@ -16,6 +23,7 @@ from llmforge.kernels.gemv import gemv, gemv_plan
 from llmforge.kernels.launch import Launch, Operand
 from llmforge.kernels.rows import rows_gemm, rows_plan, rows_scratch_floats
 from llmforge.kernels.stream import StreamScratch
+from llmforge.kernels.wide import InputNorm, NextNorm
 from llmforge.model.graph import Node
 
 _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
@@ -24,9 +32,8 @@ _BLOCKS_WANTED = 264  # two for each multiprocessor of the largest GPUs
 def kernel_of(low: Lowering, node: Node) -> ProductKernel:
     """What computes a linear node in this program."""
     weight, wanted = low.operand(node.inputs[1]), low.product_kernel()
-    dtype, (features, k) = weight.dtype, weight.shape
-    assert isinstance(features, int) and isinstance(k, int)
-    if wanted == "gemv" and gemv_plan(dtype, features, k, low.choice.gemv) is None:
+    dtype, k = weight.dtype, weight.features
+    if wanted == "gemv" and gemv_plan(dtype, k, low.choice.gemv) is None:
         wanted = "stream_gemm"
     if wanted == "rows_gemm" and rows_plan(dtype, k, low.choice.rows) is None:
         wanted = "stream_gemm"
@@ -65,15 +72,26 @@ def _split(low: Lowering, kernel: ProductKernel, weight: Operand) -> int:
     return plan.split
 
 
-def _wide_plan(low: Lowering, node: Node, *, gated: bool = False) -> wide.WidePlan | None:
+def _wide_plan(low: Lowering, node: Node) -> wide.WidePlan | None:
     """How wide_gemm.cu divides a linear node of this program; None where it does not, or where the
     rows are those that are wanted of a prompt, which are few."""
     weight, count = low.operand(node.inputs[1]), low.graph.tensors[node.inputs[0]].shape[0]
-    rows, features = low.largest(count), weight.shape[0]
+    rows, features, gated = low.largest(count), weight.shape[0], _is_gated(low, node)
     assert isinstance(features, int)
     if count != "tokens" and not low.shape.decode:
         return None
+    if rows > low.choice.wide.most_rows and not gated:
+        return None
     return wide.wide_plan(weight.dtype, rows, features, weight.features, gated=gated)
+
+
+def _is_gated(low: Lowering, node: Node) -> bool:
+    """Whether a linear node's output is gate and up."""
+    split = low.only_reader(node.outputs[0])
+    if split is None or split.op != "split":
+        return False
+    readers = [low.only_reader(name) for name in split.outputs]
+    return all(reader is not None and reader.op == "gated_activation" for reader in readers)
 
 
 def product(
@@ -84,9 +102,11 @@ def product(
     bias: Operand | None,
     residual: Operand | None = None,
     activation: str | None = None,
+    next_norm: NextNorm | None = None,
     named: bool = True,
 ) -> None:
-    """The product of a linear node, with what is fused behind it, by the kernel that suits."""
+    """The product of a linear node, with what is fused behind it, by the kernel that suits.
+    next_norm: from `weighed_norm`."""
     x_name, weight = linear.inputs[0], low.operand(linear.inputs[1])
     computed = (out.buffer.removeprefix("arena."),) if named else ()
     kernel = kernel_of(low, linear)
@@ -95,9 +115,10 @@ def product(
         low.emit(Matmul(low.operand(x_name), weight, bias, out), *computed)
         return
     if kernel == "wide_gemm":
-        plan = _wide_plan(low, linear, gated=activation is not None)
-        assert plan is not None
-        call = _wide(low, linear, out, plan, bias=bias, residual=residual, activation=activation)
+        call = _wide(
+            low, linear, out, bias=bias, residual=residual, activation=activation,
+            next_norm=next_norm,
+        )  # fmt: skip
         low.emit(call, *computed)
         return
     norm = low.deferred.get(x_name)
@@ -129,12 +150,52 @@ def _launch_of(
     return partial(stream.stream_gemm, out, x, weight, scratch)
 
 
-def _wide(low: Lowering, linear: Node, out: Operand, plan: wide.WidePlan, **fused: Any) -> Launch:
-    x, weight = (low.operand(name) for name in linear.inputs[:2])
-    features = weight.shape[0]
-    assert isinstance(features, int)
-    scratch = _scratch(plan.scratch_floats(features))
-    return wide.wide_gemm(out, x, weight, scratch, plan, low.largest(x.shape[0]), **fused)
+def _wide(low: Lowering, linear: Node, out: Operand, **fused: Any) -> Launch:
+    weight, normed = low.operand(linear.inputs[1]), low.weighed.get(linear.inputs[0])
+    x = normed.weighed if normed else low.operand(linear.inputs[0])
+    plan, features = _wide_plan(low, linear), weight.shape[0]
+    assert plan is not None and isinstance(features, int)
+    scratch, norm = _scratch(plan.scratch_floats(features)), normed.norm if normed else None
+    return wide.wide_gemm(
+        out, x, weight, scratch, plan, low.largest(x.shape[0]), norm=norm, **fused
+    )
+
+
+def weighed_norm(low: Lowering, linear: Node, added: Node) -> NextNorm | None:
+    """What the product of a linear node is to leave of the RMSNorm of `added`, its sum with the
+    residual, where the products that read that norm finish it; else None."""
+    found = _norm_of(low, added)
+    if found is None:
+        return None
+    name, weight, eps = found
+    readers = low.readers.get(name, [])
+    fit = [n.op == "linear" and kernel_of(low, n) == "wide_gemm" for n in (linear, *readers)]
+    if not readers or not all(fit) or name in low.graph.outputs:
+        return None
+    total = low.graph.tensors[added.outputs[0]]
+    plan = _wide_plan(low, linear)
+    if plan is None or total.dtype != "bfloat16" or weight.features != total.shape[-1]:
+        return None
+    squares = wide.squares_shape(plan, weight.features)
+    left = NextNorm(
+        weight,
+        low.temporary(f"{name}.weighed", total.shape, total.dtype),
+        low.temporary(f"{name}.squares", squares, "float32"),
+    )
+    low.weighed[name] = WeighedNorm(left.weighed, InputNorm(left.squares, eps))
+    return left
+
+
+def _norm_of(low: Lowering, added: Node) -> tuple[str, Operand, float] | None:
+    """The name of the RMSNorm of a sum, its weights and eps."""
+    if added.op == "add_rms_norm":
+        return added.outputs[1], low.operand(added.inputs[2]), added.attrs["eps"]
+    reader = low.only_reader(added.outputs[0])
+    if reader and low.selects_all(reader):
+        reader = low.only_reader(reader.outputs[0])
+    if reader is None or reader.op != "rms_norm":
+        return None
+    return reader.outputs[0], low.operand(reader.inputs[1]), reader.attrs["eps"]
 
 
 def _scratch(floats: int) -> StreamScratch:

@@ -23,7 +23,7 @@ from llmforge.kernels.decode_attention import DecodeTuning
 from llmforge.kernels.gemv import DEFAULT_TUNING, GemvTuning
 from llmforge.kernels.launch import Dim, Operand
 from llmforge.kernels.rows import DEFAULT_ROWS, RowsTuning
-from llmforge.kernels.wide import MIN_WIDE_ROWS, WIDE_ROWS
+from llmforge.kernels.wide import DEFAULT_WIDE, InputNorm, WideTuning
 from llmforge.model.graph import Graph, Node
 
 # Blocks a sequence's keys are divided among at most: enough to fill a large GPU from one sequence.
@@ -39,8 +39,8 @@ AttentionKernel = Literal["separate", "fused"]
 class KernelChoice:
     """What computes the products of a step where the GPU has bulk copies: of decode steps of one
     token, and of 2 to 8. gemv.cu and rows_gemm.cu leave the shapes that they do not take to
-    stream_gemm.cu, and that to torch. Where it has products of warpgroups: those of 17 to 128, and
-    of prompts as short. wide_gemm.cu leaves what it does not take to torch. And what follows the
+    stream_gemm.cu, and that to torch. Where it has products of warpgroups: those of more tokens, as
+    WideTuning says. wide_gemm.cu leaves what it does not take to torch. And what follows the
     product of q, k and v in decode steps: qkv.cu and the kernels of attention ("separate"), or
     decode_attention.cu ("fused"), which leaves what it does not take to those. In other steps
     attention is wide_attention.cu's where the GPU has products of warpgroups and it takes the
@@ -53,6 +53,7 @@ class KernelChoice:
     few_rows: Literal["stream_gemm", "rows_gemm", "torch"] = "rows_gemm"
     rows: RowsTuning = DEFAULT_ROWS
     many_rows: Literal["wide_gemm", "torch"] = "wide_gemm"
+    wide: WideTuning = DEFAULT_WIDE
     prompts: Literal["wide_attention", "attention"] = "wide_attention"
 
 
@@ -67,6 +68,15 @@ class DeferredNorm:
     x: Operand
     weight: Operand
     eps: float
+
+
+@dataclass(frozen=True)
+class WeighedNorm:
+    """A normed tensor that is not in memory: `weighed` is, and the products that read it finish
+    the norm."""
+
+    weighed: Operand
+    norm: InputNorm
 
 
 class Lowering:
@@ -85,6 +95,7 @@ class Lowering:
         self.operands: dict[str, Operand] = {}
         self.constants: dict[str, tuple[float, ...]] = {}
         self.deferred: dict[str, DeferredNorm] = {}
+        self.weighed: dict[str, WeighedNorm] = {}
         self.streamed = 0  # products by stream_gemm.cu, gemv.cu and rows_gemm.cu so far
         self.sharing: tuple[Call, ...] = ()  # as Program has it, and so these
         self.group_slot = self.mail_slot = 0
@@ -140,7 +151,9 @@ class Lowering:
     def product_kernel(self) -> ProductKernel:
         """What is to compute the products of this program, where it takes their shapes."""
         tokens = self.shape.tokens
-        if self.shape.warpgroups and MIN_WIDE_ROWS <= tokens <= WIDE_ROWS:
+        wide = self.choice.wide
+        most = wide.gated_rows if self.shape.decode else wide.prompt_rows
+        if self.shape.warpgroups and wide.least_rows <= tokens <= most:
             return self.choice.many_rows
         if not self.shape.decode or not self.shape.bulk_copies or tokens > stream.STREAM_ROWS:
             return "torch"
@@ -180,6 +193,11 @@ class Lowering:
         tensor out."""
         readers = self.readers.get(name, [])
         return readers[0] if len(readers) == 1 and name not in self.graph.outputs else None
+
+    def selects_all(self, node: Node) -> bool:
+        """Whether a node selects rows, and in steps of this program every one, in order."""
+        wanted = node.op == "select_rows" and node.inputs[1] == "logit_rows"
+        return wanted and self.shape.decode
 
     def cache(self, node: Node) -> Cache:
         """The cache and step tables of an attention node."""

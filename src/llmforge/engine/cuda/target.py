@@ -27,7 +27,6 @@ from llmforge.kernels import compile as compiler
 from llmforge.kernels.compile import KernelSpec
 from llmforge.kernels.experts import unfit_route
 from llmforge.kernels.images import ARCHS, PTX_ARCH, check_archs, write_images
-from llmforge.kernels.wide import WIDE_ROWS
 from llmforge.model.graph import Graph
 from llmforge.model.passes import apply, fuse_add_norm, merge_linears
 from llmforge.parallel import Topology
@@ -159,8 +158,9 @@ def programs(
     bulk_copies = 90 <= compiler.arch_number(arch) < 120
     warpgroups = compiler.arch_number(arch) == 90
     lengths = [limits.max_num_tokens]
-    if warpgroups and choice.many_rows != "torch" and limits.max_num_tokens > WIDE_ROWS:
-        lengths.append(WIDE_ROWS)
+    short = choice.wide.prompt_rows
+    if warpgroups and choice.many_rows != "torch" and limits.max_num_tokens > short:
+        lengths.append(short)
     general = [
         StepShape(tokens, limits.max_batch_size, False, links=links, warpgroups=warpgroups)
         for tokens in lengths

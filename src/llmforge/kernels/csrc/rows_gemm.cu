@@ -240,6 +240,10 @@ DEVICE void add_parts(const Share& share, const Output& output, const float* par
         const int round = i / (TILE * 2), within = i / 2 % TILE;
         if (within >= share.count(round)) continue;
         const int feature = share.first(round) + within;
+        Output::Terms terms[4];  // asked for beside the parts
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            if (first_row + r < rows) terms[r] = output.terms(first_row + r, feature);
         float sums[HALVES][4] = {};
 #pragma unroll
         for (int p = 0; p < SPLIT * HALVES; p++) {
@@ -248,10 +252,6 @@ DEVICE void add_parts(const Share& share, const Output& output, const float* par
 #pragma unroll
             for (int r = 0; r < 4; r++) sums[p % HALVES][r] += values[r];
         }
-        Output::Terms terms[4];
-#pragma unroll
-        for (int r = 0; r < 4; r++)
-            if (first_row + r < rows) terms[r] = output.terms(first_row + r, feature);
 #pragma unroll
         for (int r = 0; r < 4; r++)
             if (first_row + r < rows)
