@@ -90,6 +90,7 @@ def test_it_checks_and_times_every_step(benchmark: ModuleType, tmp_path: Path) -
     assert Graph.replayed and report["gpu"] == "an emulated GPU" and report["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_named(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
