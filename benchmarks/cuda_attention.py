@@ -13,7 +13,6 @@ the bandwidth that reading a large buffer reaches in the same run.
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +24,15 @@ import click
 import numpy as np
 import torch
 from attention_cases import CASES, RAGGED, Case, Tensors, compare, drawn, launches, wrong
-from cuda_speed import MODELS, load, prepared, random_weights, read_bandwidth, replayed
+from cuda_speed import (
+    MODELS,
+    load,
+    prepared,
+    random_weights,
+    read_bandwidth,
+    replayed,
+    write_report,
+)
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.engine.cuda.executable import CudaExecutable
@@ -270,8 +277,7 @@ def main(models: tuple[str, ...], output: Path | None) -> None:
             "steps": steps,
             "checks": checks,
         }  # fmt: skip
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(output, report)
     if failed:
         raise click.ClickException(f"{len(failed)} results are wrong: the times mean nothing")
 

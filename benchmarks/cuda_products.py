@@ -15,7 +15,6 @@ wrong product is not timed, and the exit status is then 1.
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ from cuda_speed import (
     random_weights,
     read_bandwidth,
     replayed,
+    write_report,
 )
 from product_studies import Study, study_of
 
@@ -362,8 +362,7 @@ def main(models: tuple[str, ...], rows: int, output: Path | None) -> None:
         report["cases"] += measure(study, name, bandwidth, wrong)
         torch.cuda.empty_cache()
         if output:  # what there is, should the next be cut off
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(report, indent=2) + "\n")
+            write_report(output, report)
     if wrong or any(case["wrong"] for case in report["cases"]):
         raise SystemExit(1)
 

@@ -12,7 +12,6 @@ the rows see, and no product of what is masked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import click
 import torch
 from attention_cases import TOLERANCE, row_distance
 from cuda_attention import Launcher
-from cuda_speed import device_seconds, replayed
+from cuda_speed import device_seconds, replayed, write_report
 from prompt_cases import PROMPTS, Prompts, Tensors, compare, drawn, launches
 
 SETS = 3  # of operands
@@ -142,8 +141,7 @@ def main(output: Path | None) -> None:
             "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": steps,
             "wrong": wrong,
         }  # fmt: skip
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(output, report)
     if wrong:
         raise click.ClickException(f"{len(wrong)} results are wrong: the times mean nothing")
 

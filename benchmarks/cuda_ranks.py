@@ -12,7 +12,6 @@ shot and in two, beside NCCL's gather with our sum, and NCCL's own all-reduce (t
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
@@ -36,6 +35,7 @@ from cuda_speed import (
     read_bandwidth,
     replayed,
     serve,
+    write_report,
 )
 
 from llmforge.checkpoint.config import ModelConfig
@@ -263,8 +263,7 @@ def main(
         sys.stderr.flush()
         comm.abort(1)
     if output and comm.rank == 0:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(output, report)
 
 
 if __name__ == "__main__":

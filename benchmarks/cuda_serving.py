@@ -35,6 +35,7 @@ from cuda_speed import (
     random_weights,
     read_bandwidth,
     read_peers,
+    write_report,
 )
 
 from llmforge.comm import LocalComm
@@ -171,8 +172,7 @@ def main(
             "start": {"model": model, **began},
             "in_flight": case,
         }
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(output, report)
 
 
 if __name__ == "__main__":

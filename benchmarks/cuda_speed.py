@@ -292,6 +292,12 @@ def profile(executable: CudaExecutable, batch: int, kv_len: int) -> None:
         )
 
 
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Keep what a benchmark found as JSON, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 @click.command(help=__doc__)
 @click.option("--model", "models", multiple=True, default=tuple(MODELS), show_default=True)
 @click.option("--batch-size", "batches", multiple=True, default=(1, 8, 32, 128), show_default=True)
@@ -321,8 +327,7 @@ def main(
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "cases": cases,
         }
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(output, report)
 
 
 if __name__ == "__main__":

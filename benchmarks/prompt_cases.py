@@ -109,7 +109,7 @@ def drawn(case: Prompts, seed: int, device: str = "cpu") -> dict[str, torch.Tens
 
 
 def launches(case: Prompts, tensors: Tensors, *, wide: bool = True) -> list[Launch]:
-    """The step by wide_attention.cu, or by the kernel for which it is."""
+    """The step by wide_attention.cu, or by the kernel for all GPUs."""
 
     def operand(name: str, *dims: str) -> Operand:
         tensor = tensors[name]

@@ -109,23 +109,24 @@ def _verify_ops(path: Path, kind: str, stop_after: int | None, as_json: bool) ->
 
     executable = load_executable(engine, LocalComm())
     assert isinstance(executable, CudaExecutable)
-    steps = []
+    steps, wrong = [], None
     for name, batch in checking.steps_to_check(executable, engine.config.vocab_size):
         checks = []
         for check in checking.check_instructions(executable, batch, stop_after=stop_after):
             checks.append(check)
             if not check.passed:
+                wrong = f"{name}: {check}"
                 break
         steps.append({"step": name, "checks": [check.to_dict() for check in checks]})
         if not as_json:
             _print_checks(name, checks, each=stop_after is not None)
-        if checks and not checks[-1].passed:
+        if wrong:
             break
     executable.close()
     if as_json:
         print_json({**_result(engine.manifest, kind, []), "steps": steps})
-    if checks and not checks[-1].passed:
-        raise VerificationError(f"{name}: {checks[-1]}")
+    if wrong:
+        raise VerificationError(wrong)
     return 0
 
 

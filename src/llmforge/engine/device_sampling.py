@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmforge.engine.step import Float32, SampleRow
 from llmforge.errors import RequestError
-from llmforge.kernels.launch import SAMPLE_PARAMS_BYTES
+from llmforge.kernels.sampling import SAMPLE_PARAMS_BYTES
 
 PARAMS = np.dtype(
     [

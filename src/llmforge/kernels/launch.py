@@ -334,52 +334,6 @@ def rope(out: Operand, x: Operand, table: Operand, *, head_dim: int) -> Launch:
     return Launch(spec, (out, x, table, out.row_stride, x.row_stride), grid, 32)
 
 
-SAMPLE_PARAMS_BYTES = 56  # struct Params of sample.cu
-_SAMPLE_THREADS = 512
-_SAMPLE_LOGITS = (
-    4 * 8 * _SAMPLE_THREADS
-)  # that a block's threads load at once, where two bytes each
-
-
-@dataclass(frozen=True)
-class SampleScratch:
-    """What sample.cu needs of its own, for each row: `seen` ceil(vocabulary / 32) int32, `bests`
-    2 `sample_parts` int32, `arrived` one int32, zero before and after."""
-
-    seen: Operand
-    bests: Operand
-    arrived: Operand
-
-
-def sample_parts(vocab: int) -> int:
-    """How many blocks share a row's logits: so many that their threads have all loads under way at
-    once."""
-    return -(-vocab // _SAMPLE_LOGITS)
-
-
-def sample(
-    tokens: Operand,
-    largest: Operand,
-    logits: Operand,
-    params: Operand,
-    history: Operand,
-    scratch: SampleScratch,
-) -> Launch:
-    """One token a row of logits [rows, vocabulary]; see sample.cu for the other operands."""
-    require(logits.contiguous, "sample: logits must be contiguous")
-    vocab, rows = logits.features, logits.shape[0]
-    parts = sample_parts(vocab)
-    spec = specialised(
-        "sample.cu", "sample", logits.dtype,
-        VOCAB=vocab, WIDTH=load_width(logits, run=vocab), THREADS=_SAMPLE_THREADS, PARTS=parts,
-    )  # fmt: skip
-    arguments = (
-        tokens, largest, logits, params, history, scratch.seen, scratch.bests, scratch.arrived,
-    )  # fmt: skip
-    blocks = rows * parts if isinstance(rows, int) else Size(rows, parts)
-    return Launch(spec, arguments, (blocks, 1, 1), _SAMPLE_THREADS)
-
-
 def square_sum(out: Operand, x: Operand) -> Launch:
     """out [tokens, 1] float32 = the sum of the squares of each row of x."""
     require(out.dtype == "float32" and out.features == 1, "square_sum: float32 [tokens, 1]")

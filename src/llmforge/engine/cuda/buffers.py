@@ -16,7 +16,8 @@ from llmforge.engine.step import Limits, StepBatch
 from llmforge.kernels.attention import split_scratch_sizes
 from llmforge.kernels.collectives import PARTS
 from llmforge.kernels.decode_attention import MAX_BLOCKS
-from llmforge.kernels.launch import Launch, Operand, sample_parts
+from llmforge.kernels.launch import Launch, Operand
+from llmforge.kernels.sampling import sample_parts
 from llmforge.model.graph import Graph
 from llmforge.model.reference import DTYPES
 

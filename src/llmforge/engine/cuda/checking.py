@@ -186,9 +186,8 @@ def steps_to_check(
     for first, end in _groups(lengths, limits.max_num_tokens):
         executable.step(sequences.step([(0, n) for n in lengths[:end]], first))  # fills the cache
     for most in (_FEW_TOKENS, _MANY_TOKENS):
-        spans = [
-            (0, n) for n in lengths[: _groups(lengths, min(most, limits.max_num_tokens))[0][1]]
-        ]
+        _, count = _groups(lengths, min(most, limits.max_num_tokens))[0]
+        spans = [(0, n) for n in lengths[:count]]
         spans[1:2] = [(n // 2, n) for _, n in spans[1:2]]
         spans[2:3] = [(n - 1, n) for _, n in spans[2:3]]
         yield f"prompts of {sum(end - begin for begin, end in spans)} tokens", sequences.step(spans)
@@ -208,7 +207,8 @@ def _random_sequences(limits: Limits, vocab_size: int, rng: np.random.Generator)
 
 
 def _groups(lengths: list[int], most: int) -> list[tuple[int, int]]:
-    """Runs of neighbours that together have at most `most` tokens: first, and behind the last."""
+    """Runs of neighbours that together have at most `most` tokens: the index of the first, and that
+    behind the last."""
     groups, first, total = [], 0, 0
     for index, length in enumerate(lengths):
         if total + length > most:

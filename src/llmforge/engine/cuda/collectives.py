@@ -43,8 +43,8 @@ def recv(low: Lowering, node: Node) -> None:
 
 
 def share_drawn(low: Lowering, drawn: Operand) -> None:
-    """Let the program end with what the tokens that rank 0 draws come to the other ranks of its
-    group by."""
+    """Let the program end with what brings the tokens that rank 0 draws to the other ranks of its
+    group."""
     joined = (n.attrs["ranks"] for n in low.graph.nodes if n.op in ("all_reduce", "all_gather"))
     if (ranks := max(joined, default=1)) == 1:
         return

@@ -16,21 +16,19 @@ import numpy as np
 import torch
 
 from llmforge.comm import Comm
+from llmforge.engine.cuda.bound import BoundHeadMatmul, BoundMatmul, BoundTransfer
 from llmforge.engine.cuda.buffers import Memory, Staging
 from llmforge.engine.cuda.modules import load_modules
 from llmforge.engine.cuda.program import HeadMatmul, Instruction, Matmul, Program, Transfer
 from llmforge.engine.cuda.ranks import Ranks, take_device
 from llmforge.engine.cuda.state import MEASURED, KernelChoice
 from llmforge.engine.cuda.step_ends import deliver_launch, fetch_launch, sampling_launch
-from llmforge.engine.cuda.target import (
-    WEIGHTS_FILE,
-    programs,
-)
+from llmforge.engine.cuda.target import WEIGHTS_FILE, programs
 from llmforge.engine.cuda.weights import load_weights
 from llmforge.engine.device_sampling import GREEDY, PARAMS
 from llmforge.engine.step import Int32, Limits, StepBatch, StepResult
 from llmforge.engine.store import read_graph
-from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, PARTS, TENSOR_RANK
+from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, TENSOR_RANK
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
 from llmforge.kernels.launch import Launch
 from llmforge.model.graph import Graph
@@ -206,11 +204,11 @@ class CudaExecutable:
         start while the one before still runs."""
         call = instruction.call
         if isinstance(call, Matmul):
-            return _BoundMatmul(call, self.memory, program, self.sizes)
+            return BoundMatmul(call, self.memory, program, self.sizes)
         if isinstance(call, HeadMatmul):
-            return _BoundHeadMatmul(call, self.memory, program, self.sizes)
+            return BoundHeadMatmul(call, self.memory, program, self.sizes)
         if isinstance(call, Transfer):
-            return _BoundTransfer(call, self.memory, program, self.sizes, self.ranks)
+            return BoundTransfer(call, self.memory, program, self.sizes, self.ranks)
         return self.bind_launch(call, program, overlap=overlap)
 
     def bind_launch(self, launch: Launch, program: Program, *, overlap: bool = True) -> Call:
@@ -351,61 +349,3 @@ class _Runner:
         """The step's block tables, a row for each sequence."""
         array = staging.array(self.program, "block_table")
         return array.reshape(-1, self.program.layout.table_stride)
-
-
-class _BoundMatmul:
-    """A product by torch (cuBLASLt), on views of the buffers."""
-
-    def __init__(self, call: Matmul, memory: Memory, program: Program, sizes: Sizes) -> None:
-        rows = program.shape.tokens if call.x.shape[0] == "tokens" else program.shape.sequences
-        self._rows = str(call.x.shape[0])
-        self._sizes = sizes
-        self._x = memory.view(program, call.x, rows)
-        self._out = memory.view(program, call.out, rows)
-        self._weight = memory.view(program, call.weight).t()
-        self._bias = memory.view(program, call.bias) if call.bias else None
-
-    def __call__(self, stream: int) -> None:
-        rows = self._sizes.get(self._rows)
-        if not rows:
-            return
-        x, out = self._x[:rows], self._out[:rows]
-        if self._bias is None:
-            torch.mm(x, self._weight, out=out)
-        else:
-            torch.addmm(self._bias, x, self._weight, out=out)
-
-
-class _BoundHeadMatmul:
-    """A product of each head by torch (cuBLAS), on views of the buffers."""
-
-    def __init__(self, call: HeadMatmul, memory: Memory, program: Program, sizes: Sizes) -> None:
-        rows, self._sizes = program.shape.tokens, sizes
-        weight = memory.view(program, call.weight)
-        heads = len(weight)
-        self._weight = weight.transpose(1, 2)
-        self._x, self._out = (
-            memory.view(program, operand, rows).unflatten(-1, (heads, -1)).transpose(0, 1)
-            for operand in (call.x, call.out)
-        )
-
-    def __call__(self, stream: int) -> None:
-        rows = self._sizes.get("tokens")
-        torch.bmm(self._x[:, :rows], self._weight, out=self._out[:, :rows])
-
-
-class _BoundTransfer:
-    """NCCL's part of an exchange, on views of the buffers."""
-
-    def __init__(
-        self, call: Transfer, memory: Memory, program: Program, sizes: Sizes, ranks: Ranks
-    ) -> None:
-        self._rows = str(call.operand.shape[0])
-        most = program.shape.tokens if self._rows == "tokens" else program.shape.sequences
-        self._call, self._sizes, self._ranks = call, sizes, ranks
-        self._operand = memory.view(program, call.operand, most)
-        self._parts = memory.tensors[PARTS]
-
-    def __call__(self, stream: int) -> None:
-        if rows := self._sizes.get(self._rows):
-            self._ranks.transfer(self._call, self._operand[:rows], self._parts)

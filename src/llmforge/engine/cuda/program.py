@@ -12,15 +12,8 @@ from typing import Literal
 
 from llmforge.engine.step import Limits
 from llmforge.kernels.compile import KernelSpec
-from llmforge.kernels.launch import (
-    DTYPE_BYTES,
-    SAMPLE_PARAMS_BYTES,
-    Dim,
-    HeadsMap,
-    Launch,
-    Operand,
-    TensorMap,
-)
+from llmforge.kernels.launch import DTYPE_BYTES, Dim, HeadsMap, Launch, Operand, TensorMap
+from llmforge.kernels.sampling import SAMPLE_PARAMS_BYTES
 
 ALIGNMENT = 256  # bytes; what cudaMalloc gives, and more than any load needs
 
@@ -88,7 +81,7 @@ Call = Launch | Matmul | HeadMatmul | Transfer
 class Instruction:
     """One step of a program, and the graph tensors that are computed once it has run. beside: it
     reads the step's arrays alone, and may run beside the instructions behind it, up to the first
-    that has a buffer of its own kind in common with it (`Program.joins`). Such come first."""
+    that uses one of its other buffers (`Program.joins`). Such instructions come first."""
 
     call: Call
     tensors: tuple[str, ...]
@@ -150,7 +143,7 @@ class Program:
     """Instructions over buffers: of the arena (byte offsets in `arena`), the parameters, the
     states, the step's upload ("step.NAME"), `constants`, and the scratch that programs share.
     `sharing` follows once the step's tokens are drawn: it brings them to the other ranks of the
-    group, where those look up tokens together. `group_slot` and `mail_slot`: the bytes that its
+    group, where ranks look up tokens together. `group_slot` and `mail_slot`: the bytes that its
     exchanges with other ranks need at once."""
 
     shape: StepShape

@@ -97,7 +97,8 @@ class Lowering:
         self.deferred: dict[str, DeferredNorm] = {}
         self.weighed: dict[str, WeighedNorm] = {}
         self.streamed = 0  # products by stream_gemm.cu, gemv.cu and rows_gemm.cu so far
-        self.sharing: tuple[Call, ...] = ()  # as Program has it, and so these
+        # As Program has them.
+        self.sharing: tuple[Call, ...] = ()
         self.group_slot = self.mail_slot = 0
         self._instructions: list[Instruction] = []
         self._buffers: dict[str, int] = {}

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from llmforge.engine.cuda.program import Program
-from llmforge.kernels import launch as kernels
 from llmforge.kernels.launch import Launch, Operand
+from llmforge.kernels.sampling import SampleScratch, sample
 from llmforge.kernels.staging import deliver, fetch
 
 # The tokens that a step draws, one a row. The next step may take its own from there.
@@ -27,8 +27,8 @@ def sampling_launch(program: Program) -> Launch:
         for name in ("largest", "history", "seen", "bests", "arrived")
     )
     params = Operand("step.sampling", (1,), "int32", 1)
-    scratch = kernels.SampleScratch(seen, bests, arrived)
-    return kernels.sample(DRAWN, largest, logits, params, history, scratch)
+    scratch = SampleScratch(seen, bests, arrived)
+    return sample(DRAWN, largest, logits, params, history, scratch)
 
 
 def deliver_launch(max_batch_size: int) -> Launch:

@@ -8,11 +8,11 @@ from llmforge.engine.tensorrt.calls import decode_batches
 from llmforge.engine.tensorrt.io import PAST_LENS, PREFILL, Profile
 from llmforge.engine.tensorrt.plan import CachePlan, RankPlan, Step
 from llmforge.kernels import collectives
-from llmforge.kernels import launch as kernels
 from llmforge.kernels.collectives import Collective
 from llmforge.kernels.compile import KernelSpec
 from llmforge.kernels.launch import Launch, Operand, Size
 from llmforge.kernels.linear_cache import cache_write
+from llmforge.kernels.sampling import SampleScratch, sample
 
 # The sizes of a call that launches read: B, S, B * S, R, and the first of its slots.
 SEQUENCES, NEW_TOKENS, TOKENS, ROWS, FIRST_SLOT = (
@@ -69,13 +69,13 @@ def sample_launch(plan: RankPlan) -> Launch | None:
     drawn, history, seen, bests, arrived, params = (
         Operand(name, (1,), "int32", 1) for name in (DRAWN, HISTORY, SEEN, BESTS, ARRIVED, SAMPLING)
     )
-    return kernels.sample(
+    return sample(
         drawn,
         Operand(LARGEST, (1,), "float32", 1),
         Operand(logits.name, (ROWS, vocab), logits.dtype, vocab),
         params,
         history,
-        kernels.SampleScratch(seen, bests, arrived),
+        SampleScratch(seen, bests, arrived),
     )
 
 

@@ -31,7 +31,8 @@ from llmforge.engine.tensorrt.kernels import (
     cache_groups,
 )
 from llmforge.engine.tensorrt.plan import RankPlan, Step
-from llmforge.kernels.launch import DTYPE_BYTES, sample_parts
+from llmforge.kernels.launch import DTYPE_BYTES
+from llmforge.kernels.sampling import sample_parts
 from llmforge.model.graph import Tensor
 
 ALIGNMENT = 256
