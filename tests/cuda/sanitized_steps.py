@@ -32,7 +32,7 @@ from llmforge.model.reference import DTYPES
 from llmforge.parallel import Topology
 
 STREAMED = KernelChoice("stream_gemm", attention="separate", few_rows="stream_gemm")
-"""Kernels that the measured choice has other kernels in the place of."""
+"""The kernels in whose place the measured choice has others."""
 
 # Most kernels of one rank.
 FEW = (

@@ -83,7 +83,8 @@ def qkv(
     positions: Operand,
     steps: QkvSteps = _AS_IT_IS,
 ) -> Launch:
-    """Bias, norm and rotate q and k; q to `q_out`, k and v into the cache."""
+    """Bias, norm and rotate q and k; q to `q_out`, k and v into the cache: by qkv_pairs.cu where it
+    takes the rows, else by qkv.cu."""
     dtype = same_dtype(q_out, q, k, v, cache.keys, cache.values, *steps.operands[:3])
     heads = q.features // cache.head_dim
     require(k.features == v.features == cache.kv_heads * cache.head_dim, "qkv: k, v and cache")

@@ -119,8 +119,9 @@ def experts(
     alpha: float,
     limit: float | None,
 ) -> Value:
-    """Where weights are mapped, products are [B, experts, S, features]. TensorRT 8.6 copies them
-    anyway and has the experts side by side, as two products of [B, S, experts x features]."""
+    """shares: from `route`, of all experts; those held here are `first` on. Where weights are
+    mapped, products are [B, experts, S, features]. TensorRT 8.6 copies them anyway and has the
+    experts side by side, as two products of [B, S, experts x features]."""
     net, hidden, count = g.net, g.features(x), int(gate_up.shape[0])
     held = run(g, shares, first, count)
 
