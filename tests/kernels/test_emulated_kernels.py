@@ -12,6 +12,7 @@ from emulation.build import unavailable
 from llmforge.engine.device_sampling import PARAMS, fill_params
 from llmforge.engine.step import SampleRow, SamplingParams
 from llmforge.kernels import launch as kernels
+from llmforge.kernels import sampling
 from llmforge.runtime.sampling import sample
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -88,14 +89,14 @@ def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
         params=torch.from_numpy(params.view(np.int32)),
         history=torch.from_numpy(history),
         seen=torch.zeros(rows * -(-vocab // 32), dtype=torch.int32),
-        bests=torch.full((rows, 2 * kernels.sample_parts(vocab)), -1, dtype=torch.int32),
+        bests=torch.full((rows, 2 * sampling.sample_parts(vocab)), -1, dtype=torch.int32),
         arrived=torch.zeros(rows, dtype=torch.int32),
         tokens=torch.full((rows,), -1, dtype=torch.int32),
         largest=torch.zeros(rows),
     )
     names = ("tokens", "largest", "logits", "params", "history")
     scratch = (bench.operand(name) for name in ("seen", "bests", "arrived"))
-    call = kernels.sample(*map(bench.operand, names), kernels.SampleScratch(*scratch))
+    call = sampling.sample(*map(bench.operand, names), sampling.SampleScratch(*scratch))
     bench.run(call)
     assert not bench.tensors["arrived"].any(), "the next step counts from zero"
     return bench
