@@ -28,7 +28,10 @@ from llmforge.runtime.requests import Request
 # A slot a sequence; prompts longer than max_num_tokens are cut into chunks.
 LIMITS = Limits(max_batch_size=3, max_seq_len=40, max_num_tokens=8, block_size=48, num_blocks=3)
 CPU_LIMITS = Limits(max_batch_size=3, max_seq_len=40, max_num_tokens=8, block_size=4, num_blocks=30)
-SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=5)
+SAMPLED = SamplingParams(
+    temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.2,
+    presence_penalty=0.1, seed=5,
+)  # fmt: skip
 LENGTHS = (1, 3, 14, 9, 25, 2, 8)
 
 
