@@ -20,6 +20,8 @@ from llmforge.engine.step import Limits, SamplingParams
 from llmforge.engine.tensorrt import calls
 from llmforge.engine.tensorrt.calls import Call
 from llmforge.engine.tensorrt.runner import Runner
+from llmforge.errors import StoreError
+from llmforge.kernels import compile as compiler
 from llmforge.model.decoder import trace
 from llmforge.parallel import Topology
 from llmforge.runtime.generate import generate
@@ -179,6 +181,16 @@ def test_logits_where_a_batch_does_not_say_how_to_draw(
         assert compare(checkpoint.config, [torch.from_numpy(got)], [expected]).within
     executable.close()
     assert rig.memory.allocated == 0
+
+
+def test_an_engine_with_other_kernels_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(monkeypatch)
+    rig.build(tmp_path, MemoryCheckpoint(config_of("llama")), LIMITS, ONE)
+    monkeypatch.setattr(compiler, "_code", lambda name: "edited")
+    with pytest.raises(StoreError, match="does not have the sample that llmforge"):
+        rig.load(tmp_path, ONE, LIMITS, LocalComm())
 
 
 # -- a wrong executable is seen --------------------------------------------------------------------
