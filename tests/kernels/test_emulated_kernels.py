@@ -83,13 +83,22 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
 def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
     """What sample.cu leaves: "tokens" and "largest"."""
     rows, vocab = logits.shape
-    params, history = np.zeros(rows, PARAMS), np.zeros(sampling.history_ints(rows, vocab), np.int32)
-    fill_params(params, drawn_by, history)
+    # Every second row's last token is what the step began with; the step has more tokens.
+    ids, places = np.full(2 * rows, -7, np.int32), np.arange(rows, dtype=np.int32) * 2 + 1
+    begun = list(drawn_by)
+    for index, row in enumerate(drawn_by):
+        if index % 2 and len(row.history):
+            ids[places[index]] = row.history[-1]
+            begun[index] = row._replace(history=np.append(row.history[:-1], np.int32(~index)))
+    params, history = np.zeros(rows, PARAMS), np.zeros(3 * rows * vocab, np.int32)
+    fill_params(params, begun, history)
     bench = Bench()
     bench.tensors.update(
         logits=logits,
         params=torch.from_numpy(params.view(np.int32)),
         history=torch.from_numpy(history),
+        ids=torch.from_numpy(ids),
+        places=torch.from_numpy(places),
         seen=torch.full((rows, sampling.seen_words(vocab)), -1, dtype=torch.int32),
         bests=torch.full((rows, 2 * sampling.sample_parts(vocab)), -1, dtype=torch.int32),
         arrived=torch.zeros(rows, dtype=torch.int32),
@@ -97,8 +106,9 @@ def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
         largest=torch.zeros(rows),
     )
     names = ("tokens", "largest", "logits", "params", "history")
-    scratch = (bench.operand(name) for name in ("seen", "bests", "arrived"))
-    call = sampling.sample(*map(bench.operand, names), sampling.SampleScratch(*scratch))
+    scratch = sampling.SampleScratch(*map(bench.operand, ("seen", "bests", "arrived")))
+    step = bench.operand("ids"), bench.operand("places")
+    call = sampling.sample(*map(bench.operand, names), scratch, step)
     bench.run(call)
     assert not bench.tensors["arrived"].any(), "the next step counts from zero"
     return bench
