@@ -278,7 +278,8 @@ def check_running_ahead(
             int(rng.integers(1, 40)),
             SamplingParams(
                 repetition_penalty=1.3 if index % 2 else 1.0,
-                frequency_penalty=0.4 if index % 4 > 1 else 0.0,
+                # Likes what it has just drawn.
+                frequency_penalty=-1.5 if index % 3 < 2 else 0.0,
                 temperature=float(index % 3),
                 seed=index,
             ),

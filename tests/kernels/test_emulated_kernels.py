@@ -131,7 +131,11 @@ def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype, rows):
     logits = logits.to(dtype)
     drawn_by = [
         SampleRow(
-            random_params(rng), int(rng.integers(2**40)), history, int(rng.integers(vocab // 2))
+            # Of some, only the last token was generated.
+            random_params(rng),
+            int(rng.integers(2**40)),
+            history,
+            len(history) - 1 if rng.random() < 0.3 else int(rng.integers(len(history))),
         )
         for history in rng.integers(0, vocab, (rows, vocab // 2)).astype(np.int32)
     ]
@@ -160,3 +164,12 @@ def test_greedy_tokens_are_the_first_of_the_largest_logits(vocab, dtype):
     first = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits[numbers].float()])
     assert bench.tensors["tokens"][numbers].tolist() == first.tolist()
     assert bench.tensors["tokens"][5] == at[5] and bench.tensors["tokens"][6] == 0
+
+
+def test_the_last_token_alone_is_penalised():
+    """It is what the step began with, and nothing else is known of the sequence's tokens."""
+    likes = SamplingParams(presence_penalty=-2.0)
+    rows = [SampleRow(likes, 3, np.array([1, 7, last], np.int32), 2) for last in (5, 6)]
+    logits = torch.zeros(2, 40)
+    logits[:, 9] = 1.0
+    assert drawn(logits, rows).tensors["tokens"].tolist() == [5, 6]
