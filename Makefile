@@ -48,6 +48,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 
 bench: $(VENV)/.demo
 	$(BIN)/llmforge convert -c configs/bench-qwen2.5-0.5b.yaml
