@@ -20,11 +20,16 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 # log, which greedy rows do not reach.
 SPILLS = {"attention": 64, "sample": 64}
 FEW_SEQUENCES_SPILL = 64  # decode_attention's blocks of 8 warps, which leave half to the products'
+# A word of wide_gemm's, stored and loaded once a tile: three warpgroups leave a lane 128 registers, 64
+# of them for sums, and a product of many columns that weighs keeps the norm's weights beside them.
+WIDE_SPILL = 8
 
 
 def allowed_spill(spec: KernelSpec) -> int:
     if spec.entry == "decode_attention" and ("WARPS", 8) in spec.defines:
         return FEW_SEQUENCES_SPILL
+    if spec.entry == "wide_gemm" and {("ROWS", 192), ("WEIGHS", 1)} <= set(spec.defines):
+        return WIDE_SPILL
     return SPILLS.get(spec.entry, 0)
 
 
@@ -61,6 +66,12 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
         for rank in range(layout[0] * layout[1]):
             graph = CudaTarget().prepare(trace(config, Topology(*layout), rank))
             found.update(engine_kernels(graph, longer, arch))
+    many = dataclasses.replace(limits, max_batch_size=256, max_num_tokens=256, num_blocks=256)
+    for config in (REAL[0], REAL[2]):
+        graph = CudaTarget().prepare(trace(config, Topology(), 0))
+        for key, spec in engine_kernels(graph, many, arch).items():
+            if spec.entry == "wide_gemm" and dict(spec.defines)["ROWS"] in (192, 256):
+                found[key] = spec
     wide = of_dtype(MODELS["head-dim-256"], "bfloat16")
     capped = dataclasses.replace(wide, attention_softcap=50.0, attention_sinks=True)
     for config in (*REAL, wide, capped):
