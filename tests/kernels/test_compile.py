@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 
 import pytest
 from compiling import compile_all
@@ -20,8 +21,8 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 # log, which greedy rows do not reach.
 SPILLS = {"attention": 64, "sample": 64}
 FEW_SEQUENCES_SPILL = 64  # decode_attention's blocks of 8 warps, which leave half to the products'
-# A word of wide_gemm's, stored and loaded once a tile: three warpgroups leave a lane 128 registers, 64
-# of them for sums, and a product of many columns that weighs keeps the norm's weights beside them.
+# A word of wide_gemm's, stored and loaded once: three warpgroups leave a lane 128 registers, half
+# of them for a wide tile's sums, and a product that weighs keeps the norm's weights beside these.
 WIDE_SPILL = 8
 
 
@@ -132,6 +133,22 @@ def test_results_are_kept_by_source_flags_and_arch(tmp_path, monkeypatch):
         compile_kernel(RELU, "sm_90", tmp_path)
 
 
+@pytest.mark.parametrize("broken", ["directory", "disk"])
+def test_where_nothing_can_be_kept_kernels_compile_nevertheless(broken, tmp_path, monkeypatch):
+    if broken == "directory":
+        cache = tmp_path / "file" / "cache"
+        cache.parent.touch()
+    else:
+        cache = tmp_path / "cache"
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(compiler.os, "rename", full)
+    assert compile_kernel(RELU, "sm_90", cache).image == compile_kernel(RELU, "sm_90").image
+    assert {path.suffix for path in cache.glob("*")} <= {".lock"}
+
+
 def test_the_log_travels_in_the_error():
     broken = KernelSpec(RELU.source, RELU.entry, (("THREADS", 64),))
     with pytest.raises(CompileError, match="elementwise does not compile for sm_90") as caught:
@@ -154,5 +171,7 @@ def test_an_engine_has_the_kernels_of_the_architectures_asked_for(tmp_path):
     target.compile(graph, RandomWeights(config, 0), LIMITS, tmp_path)
     suffixes = {path.name.split(".", 1)[1] for path in (tmp_path / "kernels").iterdir()}
     assert suffixes == {"sm_89.cubin", "ptx"}
-    with pytest.raises(BuildError, match="does not know the architecture 'sm_5'; allowed: sm_"):
-        CudaTarget().configured(BuildSettings(arch=("sm_5",)))
+    for unknown in ("sm_5", "sm_75"):
+        expected = f"cannot build for the architecture '{unknown}'; allowed: sm_80, sm_"
+        with pytest.raises(BuildError, match=expected):
+            CudaTarget().configured(BuildSettings(arch=("sm_80", unknown)))
