@@ -192,9 +192,9 @@ def test_a_second_signal_does_not_stop_the_cleaning_up(
         signal.raise_signal(number)
         remove(path, ignore_errors=ignore_errors)
 
-    monkeypatch.setattr(shutil, "rmtree", slow)
     before = signal.getsignal(number)
     with pytest.raises((SystemExit, KeyboardInterrupt)), ArtifactWriter(output, NAME):
+        monkeypatch.setattr(shutil, "rmtree", slow)
         signal.raise_signal(number)
     assert list(output.parent.iterdir()) == []
     assert signal.getsignal(number) is before
