@@ -120,7 +120,7 @@ def executed_ops() -> tuple[set[str], str]:
 
 
 def _same(part: Any) -> bool:
-    return bool(part) and part["same_tokens"] == part["requests"]
+    return bool(part) and "requests" in part and part["same_tokens"] == part["requests"]
 
 
 def builds() -> str:
@@ -178,32 +178,61 @@ def on_gpu() -> str:
         "| what | result |",
         "|---|---|",
     ]
-    for dtype, one in parts.get("example", {}).items():
+    for dtype, one in _done(parts, "example", "logits"):
         logits = one["logits"]
         lines.append(
             f"| example model, {dtype} | {one['same_tokens']} of {one['requests']} requests have "
             f"the cpu target's tokens in float32; logits differ by at most "
             f"{logits['max_difference']:.2g} (rounding explains {logits['tolerance']:.2g}) |"
         )
-    for layout, one in parts.get("ranks", {}).items():
+    for layout, one in _done(parts, "ranks", "requests"):
         said = f"{one['same_tokens']} of {one['requests']} requests have the cpu target's tokens"
         name = layout.replace("_", " ")
         lines.append(f"| example model, {name} 2, two processes on the one GPU | {said} |")
-    if tiny := parts.get("tiny"):
-        same = sorted(name for name, one in tiny.items() if one.get("same"))
-        other = sorted(set(tiny) - set(same))
-        said = f"{len(same)} have the cpu target's tokens"
-        if other:
-            said += f"; not: {', '.join(other)}"
-        lines.append(f"| {len(tiny)} tiny models, float32 | {said} |")
-    if speed := parts.get("speed"):
-        lines += _speed(speed)
+    lines += _counted(
+        "tiny models, float32",
+        "have the cpu target's tokens",
+        {name: one["same"] for name, one in _done(parts, "tiny", "same")},
+    )
+    lines += _counted(
+        "mixtures of experts, float32, tensor parallel 2",
+        "have the cpu target's tokens",
+        {name: _same(one) for name, one in _done(parts, "tiny_ranks", "requests")},
+    )
+    lines += _counted(
+        "mixtures of experts, float16, every expert chosen",
+        "have logits as near to the cpu target's as rounding explains",
+        {
+            name: one["logits"]["max_difference"] <= one["logits"]["tolerance"]
+            for name, one in _done(parts, "half", "logits")
+        },
+    )
+    for options, one in _done(parts, "speed", "build_s"):
+        lines += _speed("Llama-3.2-1B's shape, float16", options, one)
+    for level, one in _done(parts, "level", "build_s"):
+        shape = "two layers of that shape, 8192 tokens of vocabulary"
+        lines += _speed(shape, f"--optimization-level {level}", one)
     return "\n".join(lines)
 
 
-def _speed(speed: dict[str, Any]) -> list[str]:
+def _done(parts: Any, part: str, field: str) -> list[tuple[str, Any]]:
+    """The jobs of a part that came to this field of their results."""
+    return [(name, one) for name, one in parts.get(part, {}).items() if field in one]
+
+
+def _counted(what: str, said: str, right: dict[str, bool]) -> list[str]:
+    """A line on how many are right, and which are not."""
+    if not right:
+        return []
+    wrong = sorted(name for name, holds in right.items() if not holds)
+    others = f"; not: {', '.join(wrong)}" if wrong else ""
+    return [f"| {len(right)} {what} | {sum(right.values())} {said}{others} |"]
+
+
+def _speed(shape: str, options: str, speed: dict[str, Any]) -> list[str]:
     size = f"{speed['engine_bytes'] / 1e9:.2f} GB"
-    lines = [f"| Llama-3.2-1B's shape, float16: build | {speed['build_s']:.0f} s, {size} |"]
+    what = shape if options == "default" else f"{shape}, `{options.replace('+', ' ')}`"
+    lines = [f"| {what}: build | {speed['build_s']:.0f} s, {size} |"]
     for batch, floor in speed.get("floor_ms", {}).items():
         found = _tpot(speed["bench"], int(batch))
         lines.append(

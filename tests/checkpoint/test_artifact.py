@@ -147,9 +147,8 @@ def test_two_writers_of_one_output(output: Path) -> None:
 
 
 SLEEPER = """
-import signal, sys, time
+import sys, time
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from llmforge.artifact_writer import ArtifactWriter
 with ArtifactWriter(Path(sys.argv[1]), "manifest.yaml") as writer:
     (writer.directory / "half").write_text("half")

@@ -8,7 +8,7 @@ import pytest
 from compiling import compile_all
 
 from llmforge.kernels import compile as compiler
-from llmforge.kernels.compile import CompileError, KernelSpec, compile_kernel
+from llmforge.kernels.compile import CompileError, KernelSpec, compile_kernel, source_texts
 
 pytestmark = pytest.mark.skipif(
     compiler.unavailable() is not None, reason="needs NVRTC: pip install 'llmforge[cuda]'"
@@ -119,6 +119,27 @@ def test_results_are_kept_by_source_flags_and_arch(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "compiler_version", lambda: "99.0")
     with pytest.raises(TypeError):
         compile_kernel(RELU, "sm_90", tmp_path)
+
+
+def test_a_kernel_is_another_where_its_code_is(monkeypatch):
+    before = source_texts(RELU.source)
+
+    def key(edit):
+        texts = {name: edit(text) for name, text in before.items()}
+        monkeypatch.setattr(compiler, "source_texts", lambda name: texts)
+        compiler._code.cache_clear()
+        return RELU.key
+
+    assert key(lambda text: text + b"\n\n  // more is said\n") == key(lambda text: text) == RELU.key
+    others = {
+        key(lambda text: text.replace(b"THREADS", b"WARPS")),
+        key(lambda text: text + b"struct More {};"),
+        key(lambda text: text),
+    }
+    assert len(others) == 3
+    monkeypatch.undo()
+    compiler._code.cache_clear()
+    assert RELU.key in others
 
 
 def test_the_log_travels_in_the_error():

@@ -292,18 +292,18 @@ def test_an_interrupted_build_leaves_nothing(
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
     checkpoint = convert(tmp_path, "bfloat16", **large)
     command = ("build", str(checkpoint), "-o", str(tmp_path / "e"), "--target", "tensorrt-rtx")
-    process = subprocess.Popen([sys.executable, "-m", "llmforge", *command], stderr=subprocess.PIPE)
-    workers: list[psutil.Process] = []
-    while not workers:
-        assert process.poll() is None
-        workers = psutil.Process(process.pid).children()
-        time.sleep(0.02)
-    while not list(tmp_path.glob(".e.partial/rank0/*.json")):
-        time.sleep(0.02)
-    process.send_signal(number)
-    assert process.wait() == 128 + number
-    assert process.stderr is not None and b"Traceback" not in process.stderr.read()
-    process.stderr.close()
+    program = [sys.executable, "-m", "llmforge", *command]
+    with subprocess.Popen(program, stderr=subprocess.PIPE) as process:
+        workers: list[psutil.Process] = []
+        while not workers:
+            assert process.poll() is None
+            workers = psutil.Process(process.pid).children()
+            time.sleep(0.02)
+        while not list(tmp_path.glob(".e.partial/rank0/*.json")):
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait() == 128 + number
+        assert process.stderr is not None and b"Traceback" not in process.stderr.read()
     psutil.wait_procs(workers, timeout=10)
     assert not any(worker.is_running() for worker in workers)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "bfloat16"}
