@@ -9,7 +9,7 @@ import pytest
 from compiling import compile_all
 
 from llmforge.kernels import compile as compiler
-from llmforge.kernels.compile import CompileError, KernelSpec, compile_kernel
+from llmforge.kernels.compile import CompileError, KernelSpec, compile_kernel, source_texts
 
 pytestmark = pytest.mark.skipif(
     compiler.unavailable() is not None, reason="needs NVRTC: pip install 'llmforge[cuda]'"
@@ -147,6 +147,27 @@ def test_where_nothing_can_be_kept_kernels_compile_nevertheless(broken, tmp_path
         monkeypatch.setattr(compiler.os, "rename", full)
     assert compile_kernel(RELU, "sm_90", cache).image == compile_kernel(RELU, "sm_90").image
     assert {path.suffix for path in cache.glob("*")} <= {".lock"}
+
+
+def test_a_kernel_is_another_where_its_code_is(monkeypatch):
+    before = source_texts(RELU.source)
+
+    def key(edit):
+        texts = {name: edit(text) for name, text in before.items()}
+        monkeypatch.setattr(compiler, "source_texts", lambda name: texts)
+        compiler._code.cache_clear()
+        return RELU.key
+
+    assert key(lambda text: text + b"\n\n  // more is said\n") == key(lambda text: text) == RELU.key
+    others = {
+        key(lambda text: text.replace(b"THREADS", b"WARPS")),
+        key(lambda text: text + b"struct More {};"),
+        key(lambda text: text),
+    }
+    assert len(others) == 3
+    monkeypatch.undo()
+    compiler._code.cache_clear()
+    assert RELU.key in others
 
 
 def test_the_log_travels_in_the_error():

@@ -12,6 +12,7 @@ import click
 
 from llmforge.cli.options import PATH, json_option
 from llmforge.errors import VerificationError
+from llmforge.guard import signals_raise
 
 if TYPE_CHECKING:
     from llmforge.artifact import Manifest
@@ -194,7 +195,10 @@ def _compare_checkpoint(checkpoint: Path, against: Path) -> Comparison:
     from llmforge.runtime.loading import load_executable
     from llmforge.settings import BuildSettings
 
-    with tempfile.TemporaryDirectory(prefix="llmforge-verify-") as directory:
+    with (
+        signals_raise(),
+        tempfile.TemporaryDirectory(prefix="llmforge-verify-") as directory,
+    ):
         path = Path(directory) / "engine"
         # Enough for the comparison's prompts.
         settings = BuildSettings(target="cpu", max_batch_size=4, max_seq_len=64, max_num_tokens=128)

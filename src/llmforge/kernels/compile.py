@@ -28,6 +28,7 @@ _EXACT = {
     ("wide_gemm.cu", "sm_90"): "sm_90a",
     ("wide_attention.cu", "sm_90"): "sm_90a",
 }
+_COMMENT = re.compile(rb"//[^\n]*")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -41,8 +42,10 @@ class KernelSpec:
 
     @property
     def key(self) -> str:
-        """A file name for it: readable, and different for different kernels."""
-        text = repr((self.source, self.entry, self.defines))
+        """A file name for it: readable, and different for different kernels. So it is for different
+        code (comments aside): an engine's kernel is found by it, and must take the arguments that
+        are passed today."""
+        text = repr((self.source, self.entry, self.defines, _code(self.source)))
         return f"{self.entry}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -145,6 +148,15 @@ def _digest(spec: KernelSpec, arch: str) -> str:
     digest = hashlib.sha256(f"{compiler_version()} {arch} {_options(spec)!r}".encode())
     for name, text in sorted(source_texts(spec.source).items()):
         digest.update(f"\0{name}\0".encode() + text)
+    return digest.hexdigest()
+
+
+@functools.cache
+def _code(name: str) -> str:
+    """A digest of a file in csrc and of those that it includes, as the compiler sees them."""
+    digest = hashlib.sha256()
+    for text in source_texts(name).values():
+        digest.update(b"\0" + b" ".join(_COMMENT.sub(b"", text).split()))
     return digest.hexdigest()
 
 

@@ -8,12 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
-from llmforge.errors import BuildError
+from llmforge import __version__
+from llmforge.errors import BuildError, StoreError
 from llmforge.kernels.compile import KernelSpec, arch_number, compile_kernel, supported_archs
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 PTX_ARCH = "compute_80"
+
+M = TypeVar("M")
 
 # For each architecture, the function of every kernel by the kernel's key.
 Index = Mapping[str, Mapping[str, str]]
@@ -47,6 +51,18 @@ def read_images(
         for key, entry in index[arch].items()
     }
     return images, arch
+
+
+def of_engine(loaded: Mapping[str, M], spec: KernelSpec) -> M:
+    """Of an engine's kernels by key, the one that is to be launched. Raises StoreError where there
+    is none: today's code is not what the engine was built with."""
+    if (found := loaded.get(spec.key)) is None:
+        raise StoreError(
+            "the engine was built by a llmforge with other kernels: it does not have the "
+            f"{spec.entry} that llmforge {__version__} launches; build the engine again with: "
+            "llmforge build"
+        )
+    return found
 
 
 def image_name(key: str, arch: str) -> str:

@@ -30,6 +30,7 @@ from llmforge.engine.step import Int32, Limits, StepBatch, StepResult
 from llmforge.engine.store import read_graph
 from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, TENSOR_RANK
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
+from llmforge.kernels.images import of_engine
 from llmforge.kernels.launch import Launch
 from llmforge.model.graph import Graph
 from llmforge.parallel import Topology
@@ -216,7 +217,7 @@ class CudaExecutable:
         able = torch.cuda.get_device_capability(self.device)[0] >= 9
         return BoundLaunch(
             launch,
-            self._modules[launch.kernel.key],
+            of_engine(self._modules, launch.kernel),
             lambda name: self.memory.address(program, name),
             self.sizes,
             overlap=overlap and able,
