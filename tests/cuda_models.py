@@ -150,7 +150,8 @@ SAMPLINGS = {
     "top-p": SamplingParams(temperature=1.2, top_p=0.7, seed=2),
     "min-p": SamplingParams(temperature=1.5, min_p=0.2, seed=3),
     "penalty": SamplingParams(repetition_penalty=1.4, temperature=0.0),
-    "all": SamplingParams(1.3, 0.9, 40, 0.9, 0.02, 11),
+    "deductions": SamplingParams(frequency_penalty=0.3, presence_penalty=0.2, temperature=0.0),
+    "all": SamplingParams(1.3, 0.4, -0.3, 0.9, 40, 0.9, 0.02, 11),
 }
 
 
@@ -322,7 +323,8 @@ class Driver:
         wanted = [k for k, i in enumerate(chosen) if self.computed[i] == len(self.tokens[i])]
         width = max(-(-n // self.limits.block_size) for n in kv_lens)
         rows = tuple(
-            SampleRow(params, len(self.tokens[chosen[k]]), self.tokens[chosen[k]]) for k in wanted
+            SampleRow(params, len(self.tokens[i]), self.tokens[i], self.prompts[i] // 2)
+            for i in (chosen[k] for k in wanted)
         ) if params else ()  # fmt: skip
         return StepBatch(
             token_ids=np.concatenate(ids),

@@ -201,6 +201,18 @@ class RunSettings:
         "Default: the model's, else 1 (off).",
         minimum=0.000001,
     )
+    frequency_penalty: float | None = _option(
+        None,
+        "Deduct this from a token's logit for each time it was generated; 0 is off. Default: 0.",
+        minimum=-2,
+        maximum=2,
+    )
+    presence_penalty: float | None = _option(
+        None,
+        "Deduct this from the logits of tokens that were generated; 0 is off. Default: 0.",
+        minimum=-2,
+        maximum=2,
+    )
     seed: int = _option(0, "Seed of the sampling; the same seed gives the same text.", minimum=0)
     stop: tuple[str, ...] = _option(
         [], "Stop before this text; may be given several times.", metavar="TEXT"

@@ -180,6 +180,31 @@ def test_traceback_on_request(
     assert "Traceback" in err and err.endswith("error: x\n")
 
 
+IMPORTING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, sys.argv[1])
+from llmforge.cli.errors import guard
+from llmforge.cli.interrupts import spare_imports
+def work():
+    import slow_package
+    print("imported", flush=True)
+    slow_package.time.sleep(60)
+spare_imports()
+raise SystemExit(guard(work))
+"""
+
+
+def test_an_interrupt_waits_for_imports(tmp_path: Path) -> None:
+    (tmp_path / "slow_package.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING, str(tmp_path)], capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "imported\n", "interrupted\n")
+
+
 def test_a_reader_that_has_enough() -> None:
     """`llmforge ... | head -1` is quiet."""
     program = (

@@ -73,6 +73,8 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
         top_p=maybe(0.01 + 0.98 * rng.random(), 1.0),
         top_k=int(maybe(rng.integers(1, 12), 0)),
         repetition_penalty=maybe(0.7 + rng.random(), 1.0),
+        frequency_penalty=maybe(rng.integers(-8, 9) / 16, 0.0),
+        presence_penalty=maybe(rng.random() - 0.5, 0.0),
         min_p=maybe(0.3 * rng.random(), 0.0),
         seed=int(rng.integers(2**63)),
     )
@@ -81,22 +83,22 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
 def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
     """What sample.cu leaves: "tokens" and "largest"."""
     rows, vocab = logits.shape
-    params, history = np.zeros(rows, PARAMS), np.zeros(rows * vocab, np.int32)
+    params, history = np.zeros(rows, PARAMS), np.zeros(sampling.history_ints(rows, vocab), np.int32)
     fill_params(params, drawn_by, history)
     bench = Bench()
     bench.tensors.update(
         logits=logits,
         params=torch.from_numpy(params.view(np.int32)),
         history=torch.from_numpy(history),
-        seen=torch.zeros(rows * -(-vocab // 32), dtype=torch.int32),
+        seen=torch.full((rows, sampling.seen_words(vocab)), -1, dtype=torch.int32),
         bests=torch.full((rows, 2 * sampling.sample_parts(vocab)), -1, dtype=torch.int32),
         arrived=torch.zeros(rows, dtype=torch.int32),
         tokens=torch.full((rows,), -1, dtype=torch.int32),
         largest=torch.zeros(rows),
     )
     names = ("tokens", "largest", "logits", "params", "history")
-    scratch = (bench.operand(name) for name in ("seen", "bests", "arrived"))
-    call = sampling.sample(*map(bench.operand, names), sampling.SampleScratch(*scratch))
+    scratch = sampling.SampleScratch(*map(bench.operand, ("seen", "bests", "arrived")))
+    call = sampling.sample(*map(bench.operand, names), scratch=scratch)
     bench.run(call)
     assert not bench.tensors["arrived"].any(), "the next step counts from zero"
     return bench
@@ -118,7 +120,9 @@ def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype, rows):
     logits[:, 0] = 0.0  # no row has nothing but -inf
     logits = logits.to(dtype)
     drawn_by = [
-        SampleRow(random_params(rng), int(rng.integers(2**40)), history)
+        SampleRow(
+            random_params(rng), int(rng.integers(2**40)), history, int(rng.integers(vocab // 2))
+        )
         for history in rng.integers(0, vocab, (rows, vocab // 2)).astype(np.int32)
     ]
     bench = drawn(logits, drawn_by)

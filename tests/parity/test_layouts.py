@@ -21,7 +21,10 @@ from llmforge.runtime.requests import Request
 from llmforge.settings import BuildSettings, ConvertSettings
 
 LAYOUTS = [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
-SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=5)
+SAMPLED = SamplingParams(
+    temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.2,
+    presence_penalty=0.1, seed=5,
+)  # fmt: skip
 
 
 LENGTHS = (1, 3, 14, 9, 25, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -54,6 +56,7 @@ def workloads(draw):
             temperature=draw(st.sampled_from([0.0, 0.7])),
             seed=draw(st.integers(0, 3)),
             repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+            frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.4])),
         )
         tokens = tuple(prompts(1, prompt, seed=draw(st.integers(0, 5)))[0])
         eos = frozenset(draw(st.sets(st.integers(0, VOCAB - 1), max_size=3)))
@@ -126,10 +129,11 @@ def test_what_is_drawn_ahead_behind_an_end_is_dropped():
     assert list(completions[1].token_ids) == all_tokens
 
 
-def test_a_penalty_for_repetition_waits_for_the_tokens():
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
+def test_a_penalty_waits_for_the_tokens(penalty):
     executable = AheadToyExecutable(limits())
     tokens = tuple(prompts(1, 3)[0])
-    penalised = Request(0, tokens, 5, SamplingParams(repetition_penalty=1.5))
+    penalised = Request(0, tokens, 5, SamplingParams(**{penalty: 1.5}))
     plain = Request(1, tokens, 12)
     done = serve(executable, [penalised, plain])
     assert [list(c.token_ids) for c in done] == [reference(r, 32) for r in (penalised, plain)]
@@ -138,7 +142,7 @@ def test_a_penalty_for_repetition_waits_for_the_tokens():
 
 def test_followers_run_the_same_steps():
     requests = [Request(i, tuple(p), 6) for i, p in enumerate(prompts(5, 9))]
-    seen = [None] * 3
+    seen: list[Any] = [None] * 3
 
     def work(comm):
         executable = ToyExecutable(limits())
@@ -161,7 +165,7 @@ def test_followers_run_the_same_steps():
 @given(workloads(), st.integers(2, 3))
 def test_followers_run_ahead_as_rank_0_does(workload, ranks):
     requests, tight, _ = workload
-    seen = [None] * ranks
+    seen: list[Any] = [None] * ranks
 
     def work(comm):
         executable = seen[comm.rank] = AheadToyExecutable(tight, comm=comm)
@@ -180,7 +184,7 @@ def test_followers_run_ahead_as_rank_0_does(workload, ranks):
 
 def test_the_other_ranks_begin_a_step_before_the_one_before_is_over():
     request = Request(0, tuple(prompts(1, 3)[0]), 10)
-    seen = [None] * 2
+    seen: list[Any] = [None] * 2
 
     def work(comm):
         executable = seen[comm.rank] = AheadToyExecutable(limits(), comm=comm)

@@ -113,7 +113,9 @@ def test_entry_over_settings_over_generation_config_over_off():
     settings = RunSettings(top_p=0.5, min_p=0.1, seed=4, max_new_tokens=9)
     entry = PromptEntry("p", token_ids=(1,), fields={"min_p": 0.2, "seed": 5, "ignore_eos": True})
     request = resolve(2, entry, settings, defaults, None, eos_token_ids=(8,))
-    assert request.sampling == SamplingParams(1.0, 0.6, 20, 0.5, 0.2, 5)
+    assert request.sampling == SamplingParams(
+        temperature=0.6, top_k=20, top_p=0.5, min_p=0.2, seed=5
+    )
     assert (request.index, request.max_new_tokens, request.ignore_eos) == (2, 9, True)
     assert request.eos_token_ids == {7}
     plain = resolve(0, IDS, RunSettings(), {}, None, eos_token_ids=(8, 9))

@@ -19,7 +19,7 @@ from transformers import (
 
 from llmforge.engine.step import SampleRow, SamplingParams
 from llmforge.errors import RequestError
-from llmforge.runtime.sampling import filtered, gumbel_noise, sample
+from llmforge.runtime.sampling import filtered, gumbel_noise, penalised, sample
 
 NO_HISTORY = np.array([], np.int32)
 
@@ -43,8 +43,12 @@ def transformers_probabilities(logits, params, history):
     return scores.softmax(-1)[0].numpy()
 
 
+def drawn_by(**params):
+    return SampleRow(SamplingParams(**params), 0, NO_HISTORY)
+
+
 def our_probabilities(logits, params, history=NO_HISTORY):
-    tokens, scaled = filtered(logits, params, np.asarray(history, np.int32))
+    tokens, scaled = filtered(logits, SampleRow(params, 0, np.asarray(history, np.int32)))
     assert (np.diff(tokens) > 0).all()
     probabilities = np.zeros(len(logits))
     probabilities[tokens] = np.exp(scaled) / np.exp(scaled).sum()
@@ -69,12 +73,12 @@ def test_kept_tokens_and_probabilities_are_those_of_transformers(
     logits = (generator.standard_normal(vocab) * spread).astype(np.float32)
     history = generator.integers(0, vocab, 12).astype(np.int32)
     # In float32 from here on both sides, the penalty excepted: it is applied in float32 by us.
-    params = SamplingParams(1.0, temperature, top_k, top_p, min_p)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     expected = transformers_probabilities(logits, params, history)
     actual = our_probabilities(logits, params, history)
     assert ((expected > 0) <= (actual > 0)).all()  # transformers' may underflow to 0
     np.testing.assert_allclose(actual, expected, atol=1e-12)
-    penalised = SamplingParams(penalty, temperature, top_k)
+    penalised = SamplingParams(penalty, temperature=temperature, top_k=top_k)
     expected = transformers_probabilities(logits, penalised, history)
     np.testing.assert_allclose(
         our_probabilities(logits, penalised, history), expected, rtol=1e-3, atol=1e-9
@@ -96,7 +100,7 @@ def test_ties_are_kept_as_transformers_keeps_them(top_k, top_p):
 
 def test_of_many_equally_likely_tokens_the_highest_are_kept():
     logits = np.random.default_rng(3).integers(0, 2, 1000).astype(np.float32)
-    tokens, _ = filtered(logits, SamplingParams(temperature=1.0, top_p=0.9), NO_HISTORY)
+    tokens, _ = filtered(logits, drawn_by(temperature=1.0, top_p=0.9))
     kept_less_likely = tokens[logits[tokens] == 0]
     less_likely = np.flatnonzero(logits == 0)
     assert 100 < len(kept_less_likely) < len(less_likely)
@@ -115,7 +119,7 @@ def test_the_nucleus_of_a_large_vocabulary_equals_a_full_sort():
 def test_top_k_of_a_large_vocabulary_is_exact():
     logits = np.random.default_rng(2).standard_normal(100_003).astype(np.float32)
     for top_k in (1, 50, 3_000, 100_002, 100_003, 200_000):
-        tokens, _ = filtered(logits, SamplingParams(temperature=1.0, top_k=top_k), NO_HISTORY)
+        tokens, _ = filtered(logits, drawn_by(temperature=1.0, top_k=top_k))
         expected = np.sort(np.argsort(-logits, kind="stable")[:top_k])
         assert np.array_equal(tokens, expected)
 
@@ -150,6 +154,28 @@ def test_greedy_takes_the_lowest_of_equals_and_leaves_logits_alone():
     assert np.array_equal(logits, before)
 
 
+def test_what_is_deducted_counts_what_was_generated():
+    logits = np.array([5, 1, 4, 3, 2], np.float32)
+    history = np.array([4, 2, 2, 0, 2, 9, 0, 2], np.int32)  # 9: beyond the vocabulary
+
+    def scores(num_prompt, **penalties):
+        row = SampleRow(SamplingParams(**penalties), 8, history, num_prompt)
+        return penalised(logits, row).tolist()
+
+    assert scores(3, frequency_penalty=0.5) == [4, 1, 3, 3, 2]
+    assert scores(3, presence_penalty=0.5) == [4.5, 1, 3.5, 3, 2]
+    assert scores(8, frequency_penalty=0.5, presence_penalty=1.0) == logits.tolist()
+    assert scores(0, frequency_penalty=-0.5, presence_penalty=0.25) == [5.75, 1, 5.75, 3, 2.25]
+    # The repetition penalty is for the prompt too, and comes first.
+    assert scores(3, repetition_penalty=2.0, presence_penalty=0.5) == [2.0, 1, 1.5, 3, 1]
+    assert logits.tolist() == [5, 1, 4, 3, 2]
+    greedy = SampleRow(SamplingParams(presence_penalty=1.5), 8, history, 3)
+    assert sample(logits[None], [greedy])[0] == 0
+    assert sample(logits[None], [greedy._replace(params=SamplingParams(0.5))])[0] == 0
+    more = greedy._replace(params=SamplingParams(frequency_penalty=1.5))
+    assert sample(logits[None], [more])[0] == 3
+
+
 def test_rows_are_drawn_alike_in_any_batch():
     generator = np.random.default_rng(0)
     logits = generator.standard_normal((12, 64)).astype(np.float32)
@@ -158,9 +184,10 @@ def test_rows_are_drawn_alike_in_any_batch():
         SamplingParams(temperature=0.8, seed=2**63 + 5),
         SamplingParams(temperature=1.2, top_k=9, top_p=0.8, seed=1),
         SamplingParams(repetition_penalty=1.4),
+        SamplingParams(temperature=0.7, frequency_penalty=0.4, presence_penalty=0.2),
     ]
     history = generator.integers(0, 64, 9).astype(np.int32)
-    rows = [SampleRow(kinds[i % 4], i, history) for i in range(12)]
+    rows = [SampleRow(kinds[i % 5], i, history, 3) for i in range(12)]
     together = sample(logits, rows)
     for index in range(12):
         assert sample(logits[index : index + 1], [rows[index]])[0] == together[index]

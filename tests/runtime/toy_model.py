@@ -134,7 +134,9 @@ def reference(request: Request, max_seq_len: int, vocab: int = VOCAB) -> list[in
     """The tokens that the request must get, drawn one after another with no batch or cache."""
     tokens = list(request.token_ids)
     while len(tokens) < min(len(request.token_ids) + request.max_new_tokens, max_seq_len):
-        row = SampleRow(request.sampling, len(tokens), np.array(tokens, np.int32))
+        row = SampleRow(
+            request.sampling, len(tokens), np.array(tokens, np.int32), len(request.token_ids)
+        )
         token = int(sample(toy_logits(tokens, vocab)[None], [row])[0])
         if token in request.eos_token_ids and not request.ignore_eos:
             break

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmforge.kernels.driver import Sizes
+from llmforge.kernels.images import of_engine
 from llmforge.kernels.launch import DTYPE_BYTES, Double, Float, Launch, Operand, Size
 from llmforge.safetensors_io import NUMPY_DTYPES
 
@@ -100,7 +101,7 @@ class EmulatedDevice:
         self.launches: list[str] = []  # entries of the kernels that ran
         self.captures = 0
         self._kernels = kernels
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, Kernel] = {}
         self._queue: list[Call] = []
         self._recording: list[Call] | None = None
         self._mine: set[int] = set()
@@ -175,12 +176,10 @@ class EmulatedDevice:
         for key, (image, entry) in images.items():
             if not image or entry not in self._kernels:
                 raise EmulationError(f"the kernel {entry} has no image, or no emulation")
-            self._loaded.add(key)
+            self._loaded[key] = self._kernels[entry]
 
     def bind(self, launch: Launch, address_of: Callable[[str], int], sizes: Sizes) -> Call:
-        if launch.kernel.key not in self._loaded:
-            raise EmulationError(f"the kernel {launch.kernel.entry} is not among the engine's")
-        kernel = self._kernels[launch.kernel.entry]
+        kernel = of_engine(self._loaded, launch.kernel)
 
         def value(argument: Any) -> Any:
             if isinstance(argument, Operand):

@@ -3,6 +3,7 @@ them writes, by the comments of its .cu file."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import emulated_exchange
@@ -12,10 +13,10 @@ from emulated_device import EmulatedMemory, Kernel
 from llmforge.engine.device_sampling import PARAMS
 from llmforge.engine.step import SampleRow, SamplingParams
 from llmforge.errors import RequestError
-from llmforge.runtime.sampling import sample
+from llmforge.runtime.sampling import penalised, sample
 
 _BYTES = {"DTYPE_BFLOAT16": 2, "DTYPE_FLOAT16": 2, "DTYPE_FLOAT32": 4}
-_WORDS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+_WORDS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 def cache_write(
@@ -52,7 +53,10 @@ def draw(
     for row in range(rows):
         largest.array(rows)[row] = values[row].max()
         try:
-            tokens.array(rows)[row] = sample(values[row : row + 1], [_row(given[row], history)])[0]
+            drawn_by = _row(given[row], history)
+            values[row] = _deducted(penalised(values[row], drawn_by), given[row], history)
+            plain = drawn_by._replace(params=replace(drawn_by.params, repetition_penalty=1.0))
+            tokens.array(rows)[row] = sample(values[row : row + 1], [plain])[0]
         except RequestError:  # not finite: the host is told by `largest`
             tokens.array(rows)[row] = 0
 
@@ -72,6 +76,16 @@ def _row(params: Any, history: Any) -> SampleRow:
         int(params["position"]),
         seen,
     )
+
+
+def _deducted(scores: Any, params: Any, history: Any) -> Any:
+    start, count = int(params["history_start"] + params["history_len"]), int(params["deductions"])
+    if count:
+        found = history.array(start + 2 * count)[start:]
+        inside = found[:count] < len(scores)
+        scores = scores.copy()
+        scores[found[:count][inside]] -= found[count:].view(np.float32)[inside]
+    return scores
 
 
 KERNELS: dict[str, Kernel] = {

@@ -31,7 +31,7 @@ PROMPTS = (
     '{"prompt": "ROMEO:", "temperature": 0.8, "seed": 5, "max_new_tokens": 9}\n'
     '{"prompt": "Friends, Romans, countrymen, lend me your", "max_new_tokens": 12}\n'
     '{"token_ids": [5, 6, 7], "max_new_tokens": 3}\n'
-    '{"prompt": "What", "repetition_penalty": 1.2, "max_new_tokens": 7}\n'
+    '{"prompt": "What", "repetition_penalty": 1.2, "presence_penalty": 0.5, "max_new_tokens": 7}\n'
 )
 
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="the example model is not here")

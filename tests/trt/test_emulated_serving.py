@@ -20,6 +20,8 @@ from llmforge.engine.step import Limits, SamplingParams
 from llmforge.engine.tensorrt import calls
 from llmforge.engine.tensorrt.calls import Call
 from llmforge.engine.tensorrt.runner import Runner
+from llmforge.errors import StoreError
+from llmforge.kernels import compile as compiler
 from llmforge.model.decoder import trace
 from llmforge.parallel import Topology
 from llmforge.runtime.generate import generate
@@ -28,7 +30,10 @@ from llmforge.runtime.requests import Request
 # A slot a sequence; prompts longer than max_num_tokens are cut into chunks.
 LIMITS = Limits(max_batch_size=3, max_seq_len=40, max_num_tokens=8, block_size=48, num_blocks=3)
 CPU_LIMITS = Limits(max_batch_size=3, max_seq_len=40, max_num_tokens=8, block_size=4, num_blocks=30)
-SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=5)
+SAMPLED = SamplingParams(
+    temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.2,
+    presence_penalty=0.1, seed=5,
+)  # fmt: skip
 LENGTHS = (1, 3, 14, 9, 25, 2, 8)
 
 
@@ -176,6 +181,16 @@ def test_logits_where_a_batch_does_not_say_how_to_draw(
         assert compare(checkpoint.config, [torch.from_numpy(got)], [expected]).within
     executable.close()
     assert rig.memory.allocated == 0
+
+
+def test_an_engine_with_other_kernels_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(monkeypatch)
+    rig.build(tmp_path, MemoryCheckpoint(config_of("llama")), LIMITS, ONE)
+    monkeypatch.setattr(compiler, "_code", lambda name: "edited")
+    with pytest.raises(StoreError, match="does not have the sample that llmforge"):
+        rig.load(tmp_path, ONE, LIMITS, LocalComm())
 
 
 # -- a wrong executable is seen --------------------------------------------------------------------

@@ -13,6 +13,7 @@ from emulated_kernels import KERNELS
 from emulated_tensorrt import Machine, Module
 
 from llmforge.engine.tensorrt.package import Package
+from llmforge.errors import StoreError
 
 CACHE = (-1, 1, 4, 2)
 PROFILE = {"x": (1, 2, 3), "cache": (1, 2, 3), "at": (1, 2, 3)}
@@ -190,7 +191,7 @@ def test_kernels_are_known_by_their_image_and_need_a_grid() -> None:
     )  # fmt: skip
     cache, new = device.allocate(3 * 2 * 5 * 4 * 2), device.allocate(2 * 2 * 3 * 4 * 2)
     places = {"table": device.allocate(16), "past": device.allocate(8)}
-    with pytest.raises(EmulationError, match="not among the engine's"):
+    with pytest.raises(StoreError, match="does not have the cache_write that llmforge"):
         device.bind(launch, places.__getitem__, sizes)
     device.load_kernels({launch.kernel.key: (b"image", launch.kernel.entry)})
     call = device.bind(launch, places.__getitem__, sizes)

@@ -11,6 +11,7 @@ import click
 
 from llmforge import __version__
 from llmforge.cli.errors import guard
+from llmforge.cli.interrupts import spare_imports
 from llmforge.cli.launch import is_speaker
 
 # The subcommands and their short helps, here because asking the modules would import them all.
@@ -55,4 +56,5 @@ def cli(ctx: click.Context) -> None:
 
 def main() -> None:
     """The entry point: runs the command line and exits with its status."""
+    spare_imports()
     raise SystemExit(guard(lambda: cli.main(prog_name="llmforge", standalone_mode=False)))

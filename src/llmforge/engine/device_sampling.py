@@ -24,6 +24,8 @@ PARAMS = np.dtype(
         ("repetition_penalty", "f4"),
         ("history_start", "i4"),
         ("history_len", "i4"),
+        ("deductions", "i4"),
+        ("reserved", "i4"),
     ]
 )
 assert PARAMS.itemsize == SAMPLE_PARAMS_BYTES
@@ -33,18 +35,27 @@ _MASK = (1 << 64) - 1
 def fill_params(
     target: NDArray[np.void], rows: Sequence[SampleRow], history: NDArray[np.int32]
 ) -> int:
-    """Write the rows' parameters to `target` [rows] and the histories that they need end to end to
-    `history`. Returns how many tokens of history that was."""
+    """Write the rows' parameters to `target` [rows] and what they need of their sequences end to
+    end to `history` (`history_ints` long): for each row the tokens that the repetition penalty is
+    for, then those of `SampleRow.deductions`, and the bits of their amounts. Returns how much of
+    `history` that was."""
     target[:] = GREEDY
     used = 0
     for index, row in enumerate(rows):
         params = row.params
-        if params.greedy and params.repetition_penalty == 1.0:
+        if params.greedy and not params.penalises:
             continue
-        length = 0
-        if params.repetition_penalty != 1.0:
-            length = len(row.history)
-            history[used : used + length] = row.history
+        parts = [row.history] if params.repetition_penalty != 1.0 else []
+        length = sum(map(len, parts))
+        deductions = 0
+        if params.deducts:
+            tokens, amounts = row.deductions()
+            parts += [tokens, amounts.view(np.int32)]
+            deductions = len(tokens)
+        start = used
+        for part in parts:
+            history[used : used + len(part)] = part
+            used += len(part)
         target[index] = (
             params.temperature,
             params.top_p,
@@ -53,15 +64,16 @@ def fill_params(
             row.position,
             params.top_k,
             params.repetition_penalty,
-            used,
+            start,
             length,
+            deductions,
+            0,
         )
-        used += length
     return used
 
 
 # What a row without parameters of its own gets: the largest logit.
-GREEDY = np.array((0.0, 1.0, 0.0, 0, 0, 0, 1.0, 0, 0), PARAMS)
+GREEDY = np.array((0.0, 1.0, 0.0, 0, 0, 0, 1.0, 0, 0, 0, 0), PARAMS)
 
 
 def check_drawn(largest: Float32, rows: Sequence[SampleRow]) -> None:

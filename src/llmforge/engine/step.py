@@ -29,13 +29,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw a request's tokens. Filters apply in the order of the fields.
+    """How to draw a request's tokens. Penalties and filters apply in the order of the fields.
 
-    temperature 0 is greedy: the likeliest token after the penalty, whatever the filters and the
-    seed. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
+    temperature 0 is greedy: the likeliest token after the penalties, whatever the filters and the
+    seed. top_k 0, top_p 1, min_p 0, repetition_penalty 1 and the other penalties 0 are off.
+    repetition_penalty counts the whole sequence, the other penalties what was generated.
     """
 
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -46,18 +49,36 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def deducts(self) -> bool:
+        """Whether anything is deducted from the logits of tokens that were generated."""
+        return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a draw depends on the tokens before it."""
+        return self.repetition_penalty != 1.0 or self.deducts
+
 
 class SampleRow(NamedTuple):
     """How to draw one row's next token. The draw depends on `params.seed`, `position` and the
     row's logits alone, so it is the same in any batch and on any target.
 
     position: the index in the sequence of the token to draw (prompt included).
-    history: the sequence so far, for the repetition penalty.
+    history: the sequence so far, for the penalties; its first `num_prompt` tokens are the prompt.
     """
 
     params: SamplingParams
     position: int
     history: Int32
+    num_prompt: int = 0
+
+    def deductions(self) -> tuple[Int32, Float32]:
+        """The distinct tokens that were generated, ascending, and what is deducted from the logit
+        of each: ``frequency_penalty * count + presence_penalty``, as OpenAI's API defines them."""
+        tokens, counts = np.unique(self.history[self.num_prompt :], return_counts=True)
+        amounts = np.float32(self.params.frequency_penalty) * counts.astype(np.float32)
+        return tokens, amounts + np.float32(self.params.presence_penalty)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ _EXACT = {
     ("wide_gemm.cu", "sm_90"): "sm_90a",
     ("wide_attention.cu", "sm_90"): "sm_90a",
 }
+_COMMENT = re.compile(rb"//[^\n]*")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -41,8 +42,10 @@ class KernelSpec:
 
     @property
     def key(self) -> str:
-        """A file name for it: readable, and different for different kernels."""
-        text = repr((self.source, self.entry, self.defines))
+        """A file name for it: readable, and different for different kernels. So it is for different
+        code (comments aside): an engine's kernel is found by it, and must take the arguments that
+        are passed today."""
+        text = repr((self.source, self.entry, self.defines, _code(self.source)))
         return f"{self.entry}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -119,20 +122,25 @@ def arch_number(arch: str) -> int:
 
 def compile_kernel(spec: KernelSpec, arch: str, cache: Path | None = None) -> Compiled:
     """The kernel for `arch`: "sm_90" gives a cubin, "compute_80" PTX that the driver of any later
-    GPU compiles when it is loaded. `cache`: a directory to keep results in; None: keep nothing.
-    Raises CompileError.
+    GPU compiles when it is loaded. `cache`: a directory to keep results in, as far as it can be
+    written; None: keep nothing. Raises CompileError.
     """
     if cache is None:
         return _compile(spec, arch)
     path = cache.expanduser() / _digest(spec, arch)
     image, log = path.with_suffix(".image"), path.with_suffix(".log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_suffix(".lock")):
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path.with_suffix(".lock")))
+        except OSError:
+            return _compile(spec, arch)
         if image.exists() and log.exists():
             return Compiled(image.read_bytes(), log.read_text())
         compiled = _compile(spec, arch)
-        _write(log, compiled.log.encode())
-        _write(image, compiled.image)
+        with contextlib.suppress(OSError):
+            _write(log, compiled.log.encode())
+            _write(image, compiled.image)
         return compiled
 
 
@@ -140,6 +148,15 @@ def _digest(spec: KernelSpec, arch: str) -> str:
     digest = hashlib.sha256(f"{compiler_version()} {arch} {_options(spec)!r}".encode())
     for name, text in sorted(source_texts(spec.source).items()):
         digest.update(f"\0{name}\0".encode() + text)
+    return digest.hexdigest()
+
+
+@functools.cache
+def _code(name: str) -> str:
+    """A digest of a file in csrc and of those that it includes, as the compiler sees them."""
+    digest = hashlib.sha256()
+    for text in source_texts(name).values():
+        digest.update(b"\0" + b" ".join(_COMMENT.sub(b"", text).split()))
     return digest.hexdigest()
 
 
@@ -215,6 +232,10 @@ def locked(path: Path) -> Iterator[None]:
 
 def _write(path: Path, data: bytes) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-    os.rename(name, path)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.rename(name, path)
+    except OSError:
+        os.unlink(name)
+        raise

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmforge.kernels.launch import Launch, Operand, Size, load_width, require, specialised
 
-SAMPLE_PARAMS_BYTES = 56  # struct Params of sample.cu
+SAMPLE_PARAMS_BYTES = 64  # struct Params of sample.cu
 _THREADS = 512
 # Logits of two bytes that a block's threads have under way at once: 4 loads of 8 each.
 _LOGITS = 4 * 8 * _THREADS
@@ -14,12 +14,22 @@ _LOGITS = 4 * 8 * _THREADS
 
 @dataclass(frozen=True)
 class SampleScratch:
-    """What sample.cu needs of its own, for each row: `seen` ceil(vocabulary / 32) int32, `bests`
+    """What sample.cu needs of its own, for each row: `seen` `seen_words` int32, `bests`
     2 * `sample_parts` int32, `arrived` one int32, zero before and after."""
 
     seen: Operand
     bests: Operand
     arrived: Operand
+
+
+def seen_words(vocab: int) -> int:
+    """Words of a row's two bits a token."""
+    return 2 * -(-vocab // 32)
+
+
+def history_ints(rows: int, max_seq_len: int) -> int:
+    """The most that `rows` rows need of their sequences: see `device_sampling.fill_params`."""
+    return 3 * rows * max_seq_len
 
 
 def sample_parts(vocab: int) -> int:

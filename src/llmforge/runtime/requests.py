@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 FinishReason = Literal["length", "stop", "eos"]
 
 PROMPT_FIELDS = ("prompt", "token_ids", "messages")
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING_FIELDS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty",
+    "presence_penalty",
+)  # fmt: skip
 REQUEST_FIELDS = ("max_new_tokens", *SAMPLING_FIELDS, "seed", "stop", "ignore_eos")
 
 _SETTINGS = {setting.name: setting for setting in fields(RunSettings)}

@@ -1,9 +1,10 @@
 """Drawing next tokens from logits, on the host, with numpy.
 
-The filters are transformers' logits processors in the same order: repetition penalty,
-temperature, top-k, top-p, min-p. The draw is the Gumbel-max trick with noise that is a function
-of (seed, position, token) alone, so a row's token depends on nothing else in its batch, and a
-target that samples on its device by the same definition (see `gumbel_noise`) draws the same.
+The filters are transformers' logits processors in the same order: repetition penalty, temperature,
+top-k, top-p, min-p; frequency and presence penalty come behind that for repetition. The draw is the
+Gumbel-max trick with noise that is a function of (seed, position, token) alone, so a row's token
+depends on nothing else in its batch, and a target that samples on its device by the same definition
+(see `gumbel_noise`) draws the same.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llmforge.engine.step import Float32, Int32, SampleRow, SamplingParams
+from llmforge.engine.step import Float32, Int32, SampleRow
 from llmforge.errors import RequestError
 
 Float64 = NDArray[np.float64]
@@ -35,9 +36,7 @@ def sample(logits: Float32, rows: Sequence[SampleRow]) -> Int32:
     RequestError where a row has NaN or +inf, or nothing but -inf.
     """
     assert len(logits) == len(rows), "one SampleRow for each row of logits"
-    plain = np.array(
-        [row.params.greedy and row.params.repetition_penalty == 1.0 for row in rows], np.bool_
-    )
+    plain = np.array([row.params.greedy and not row.params.penalises for row in rows], np.bool_)
     if plain.all():
         return _argmax(logits, rows)
     tokens = np.empty(len(rows), np.int32)
@@ -48,20 +47,20 @@ def sample(logits: Float32, rows: Sequence[SampleRow]) -> Int32:
     return tokens
 
 
-def filtered(
-    logits: Float32, params: SamplingParams, history: Int32, position: int = 0
-) -> tuple[Int64, Float64]:
+def filtered(logits: Float32, row: SampleRow) -> tuple[Int64, Float64]:
     """What a row that is not greedy is drawn from: the kept tokens in ascending order, and for each
-    ``(logit - largest logit) / temperature`` after the penalty: log-probabilities up to a constant.
+    ``(logit - largest logit) / temperature`` after the penalties: log-probabilities up to a
+    constant.
 
     A token stays in top-k if its logit is at least the k-th largest (so ties may keep more than
     k); in top-p if the more likely tokens do not yet reach top_p, where of equally likely tokens
     the highest id counts as more likely (what a stable ascending sort gives transformers); in
     min-p if its probability is at least min_p times the largest. At least one is kept.
     """
-    scores = _penalised(logits, params.repetition_penalty, history)
+    params = row.params
+    scores = penalised(logits, row)
     largest = float(scores.max())
-    _check_finite(largest, position)
+    _check_finite(largest, row.position)
     if 0 < params.top_k < len(scores):
         bound = _kth_largest(scores, params.top_k)
         tokens = np.flatnonzero((scores >= bound) & (scores > -np.inf))
@@ -78,6 +77,26 @@ def filtered(
         keep = np.flatnonzero(np.exp(scaled) >= params.min_p)
         tokens, scaled = tokens[keep], scaled[keep]
     return tokens, scaled
+
+
+def penalised(logits: Float32, row: SampleRow) -> Float32:
+    """Logits [vocab] of tokens in the row's history divided by the repetition penalty, or
+    multiplied where negative; then less what `SampleRow.deductions` says. A new array where the row
+    has penalties."""
+    if not row.params.penalises:
+        return logits
+    result = logits.copy()
+    if row.params.repetition_penalty != 1.0:
+        seen = row.history[row.history < len(logits)]
+        values = logits[seen]
+        factor = np.float32(row.params.repetition_penalty)
+        # A token that occurs twice is written twice with the same value.
+        result[seen] = np.where(values < 0, values * factor, values / factor)
+    if row.params.deducts:
+        tokens, amounts = row.deductions()
+        inside = tokens < len(logits)
+        result[tokens[inside]] -= amounts[inside]
+    return result
 
 
 def gumbel_noise(seed: int, position: int, tokens: Int64) -> Float64:
@@ -104,9 +123,8 @@ def gumbel_noise(seed: int, position: int, tokens: Int64) -> Float64:
 
 def _sample_row(logits: Float32, row: SampleRow) -> int:
     if row.params.greedy:
-        scores = _penalised(logits, row.params.repetition_penalty, row.history)
-        return int(_argmax(scores[None], [row])[0])
-    tokens, scaled = filtered(logits, row.params, row.history, row.position)
+        return int(_argmax(penalised(logits, row)[None], [row])[0])
+    tokens, scaled = filtered(logits, row)
     if len(tokens) == 1:
         return int(tokens[0])
     # The tokens ascend and argmax takes the first of equals: ties go to the lowest token.
@@ -129,19 +147,6 @@ def _check_finite(largest: float, position: int) -> None:
             "be drawn; the weights or the engine's precision are unfit "
             "(look for NaN weights with: llmforge verify; build with a wider dtype)"
         )
-
-
-def _penalised(logits: Float32, penalty: float, history: Int32) -> Float32:
-    """Logits of tokens in `history` divided by the penalty, or multiplied where negative."""
-    if penalty == 1.0:
-        return logits
-    seen = history[history < len(logits)]
-    values = logits[seen]
-    factor = np.float32(penalty)
-    result = logits.copy()
-    # A token that occurs twice is written twice with the same value.
-    result[seen] = np.where(values < 0, values * factor, values / factor)
-    return result
 
 
 def _kth_largest(scores: Float32, k: int) -> np.float32:

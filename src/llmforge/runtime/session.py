@@ -116,7 +116,7 @@ class Session:
             stream = TextStream(self._tokenizer, request.token_ids, request.stop)
         sequence = self.scheduler.add(request)
         self._live[sequence.number] = _Live(request, stream, self._clock())
-        self._num_penalised += request.sampling.repetition_penalty != 1.0
+        self._num_penalised += request.sampling.penalises
 
     def step(self) -> list[Completion]:
         """Run one step. Returns the requests that it finished. Needs `has_work`."""
@@ -189,7 +189,9 @@ class Session:
         )
 
     def _sample_row(self, sequence: SequenceState) -> SampleRow:
-        return SampleRow(sequence.request.sampling, sequence.num_tokens, sequence.tokens)
+        return SampleRow(
+            sequence.request.sampling, sequence.num_tokens, sequence.tokens, sequence.num_prompt
+        )
 
     def _execute(self, batch: StepBatch) -> Callable[[], Int32]:
         """Begin the step on all ranks; what gives its tokens [R]."""
@@ -237,7 +239,7 @@ class Session:
         """The completion of a sequence that ends with `length` tokens."""
         self.scheduler.end(sequence, length)
         del self._live[sequence.number]
-        self._num_penalised -= live.request.sampling.repetition_penalty != 1.0
+        self._num_penalised -= live.request.sampling.penalises
         text = None
         if live.stream is not None:
             self._emit(live, live.stream.finish())

@@ -17,7 +17,7 @@ from llmforge.kernels.attention import split_scratch_sizes
 from llmforge.kernels.collectives import PARTS
 from llmforge.kernels.decode_attention import MAX_BLOCKS
 from llmforge.kernels.launch import Launch, Operand
-from llmforge.kernels.sampling import sample_parts
+from llmforge.kernels.sampling import history_ints, sample_parts, seen_words
 from llmforge.model.graph import Graph
 from llmforge.model.reference import DTYPES
 
@@ -94,8 +94,8 @@ class Memory:
             "scratch.arrived": (MAX_BLOCKS, torch.int32),
             **_divisions(all_programs),
             "sample.tokens": (2 * batch, torch.int32),
-            "sample.history": (batch * limits.max_seq_len, torch.int32),
-            "sample.seen": (batch * -(-vocab // 32), torch.int32),
+            "sample.history": (history_ints(batch, limits.max_seq_len), torch.int32),
+            "sample.seen": (batch * seen_words(vocab), torch.int32),
             "sample.bests": (batch * 2 * sample_parts(vocab), torch.int32),
             "sample.arrived": (batch, torch.int32),
         }
@@ -116,7 +116,8 @@ class Memory:
         for turn, staging in enumerate(self._staging):
             self.tensors[f"staging.arrays.{turn}"] = staging.arrays
             self.tensors[f"staging.drawn.{turn}"] = staging.drawn
-        self._history_host = torch.zeros(batch * limits.max_seq_len, dtype=torch.int32)
+        history = history_ints(batch, limits.max_seq_len)
+        self._history_host = torch.zeros(history, dtype=torch.int32)
 
     def address(self, program: Program, name: str) -> int:
         if name.startswith("arena."):
@@ -148,7 +149,7 @@ class Memory:
         return staging
 
     def fill_sampling(self, staging: Staging, program: Program, batch: StepBatch) -> None:
-        """Write how to sample each row, and upload the histories where any row needs one."""
+        """Write how to sample each row, and upload what any row needs of its sequence."""
         rows = staging.array(program, "sampling", PARAMS)[: len(batch.sampling)]
         used = fill_params(rows, batch.sampling, self._history_host.numpy())
         if used:

@@ -30,6 +30,7 @@ from llmforge.engine.step import Int32, Limits, StepBatch, StepResult
 from llmforge.engine.store import read_graph
 from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, TENSOR_RANK
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
+from llmforge.kernels.images import of_engine
 from llmforge.kernels.launch import Launch
 from llmforge.model.graph import Graph
 from llmforge.parallel import Topology
@@ -158,15 +159,16 @@ class CudaExecutable:
             return copies
 
     def time_decode(self, batch: StepBatch, repeat: int) -> float:
-        """Seconds of device time that a decode step takes, once two steps of this batch have run:
-        the median of `repeat`."""
+        """Seconds of device time that a decode step of this batch takes: the median of `repeat`."""
         graph = self._runner_of(batch).graph
         assert graph is not None, "only decode steps are graphs"
         times: list[float] = []
         with torch.cuda.stream(self._stream):
+            for _ in range(2):  # both areas that the graph fetches from hold this step
+                self._begin(batch)
             for _ in range(repeat):
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.memory.next_staging()  # as it was filled by the steps before
+                self.memory.next_staging()  # as it was filled
                 start.record()
                 graph.replay()
                 stop.record()
@@ -215,7 +217,7 @@ class CudaExecutable:
         able = torch.cuda.get_device_capability(self.device)[0] >= 9
         return BoundLaunch(
             launch,
-            self._modules[launch.kernel.key],
+            of_engine(self._modules, launch.kernel),
             lambda name: self.memory.address(program, name),
             self.sizes,
             overlap=overlap and able,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from llmforge.errors import TargetError
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes, check, open_handle, shared_handle
+from llmforge.kernels.images import of_engine
 from llmforge.kernels.launch import Launch
 
 Bytes = NDArray[np.uint8]
@@ -206,7 +207,7 @@ class CudaDevice:
             self._modules[key] = Module(image, entry)
 
     def bind(self, launch: Launch, address_of: Callable[[str], int], sizes: Sizes) -> Call:
-        module = self._modules[launch.kernel.key]
+        module = of_engine(self._modules, launch.kernel)
         bound = BoundLaunch(launch, module, address_of, sizes, overlap=False)
         stream = self._stream
 

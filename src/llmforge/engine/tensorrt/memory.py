@@ -32,7 +32,7 @@ from llmforge.engine.tensorrt.kernels import (
 )
 from llmforge.engine.tensorrt.plan import RankPlan, Step
 from llmforge.kernels.launch import DTYPE_BYTES
-from llmforge.kernels.sampling import sample_parts
+from llmforge.kernels.sampling import history_ints, sample_parts, seen_words
 from llmforge.model.graph import Tensor
 
 ALIGNMENT = 256
@@ -119,8 +119,10 @@ class Memory:
         # The largest logits lie behind the tokens: one copy brings both.
         self._addresses[DRAWN] = self._device.allocate(8 * self.rows)
         self._addresses[LARGEST] = self._addresses[DRAWN] + 4 * self.rows
-        self._addresses[HISTORY] = self._device.allocate(4 * self.rows * limits.max_seq_len)
-        self._addresses[SEEN] = self._device.allocate(4 * self.rows * -(-vocab // 32))
+        self._addresses[HISTORY] = self._device.allocate(
+            4 * history_ints(self.rows, limits.max_seq_len)
+        )
+        self._addresses[SEEN] = self._device.allocate(4 * self.rows * seen_words(vocab))
         self._addresses[BESTS] = self._device.allocate(8 * self.rows * sample_parts(vocab))
         self._addresses[ARRIVED] = self._device.allocate(4 * self.rows)
 

@@ -46,6 +46,7 @@ from llmforge.engine.tensorrt.kernels import (
 from llmforge.engine.tensorrt.memory import Layout
 from llmforge.engine.tensorrt.rank import Rank
 from llmforge.errors import TargetError
+from llmforge.kernels.sampling import history_ints
 
 NOBODY = SampleRow(SamplingParams(), 0, np.zeros(0, np.int32))  # whose token is not wanted
 
@@ -64,7 +65,7 @@ class HostSide:
         return cls(
             rank.device.host_array(layout.nbytes),
             rank.device.host_array(8 * rows).view(np.int32),
-            np.empty(rows * rank.limits.max_seq_len, np.int32),
+            np.empty(history_ints(rows, rank.limits.max_seq_len), np.int32),
         )
 
     def results(self, rows: int) -> tuple[Int32, Float32]:

@@ -3,8 +3,9 @@
 //   VOCAB: tokens. WIDTH: logits a load. THREADS: block size. PARTS: blocks that share a row's logits
 //   to find the largest; the last of them to end goes on alone. Grid: PARTS blocks a row.
 // tokens [rows]: the token. largest [rows]: the largest logit, for the host to refuse NaN and inf.
-// seen: a bit a token, [rows, ceil(VOCAB / 32)], scratch for the repetition penalty. bests
-// [rows, PARTS]: scratch. arrived: an int a row, zero before and after.
+// history: from a row's history_start on the tokens that the repetition penalty is for, then those
+// whose scores something is deducted from, ascending, and how much (float32). seen: a bit a token of
+// the former, then of the latter, [rows, 2, ceil(VOCAB / 32)], scratch. bests [rows, PARTS]: scratch. arrived: an int a row, zero before and after.
 #include "common.cuh"
 
 struct Params {
@@ -12,7 +13,7 @@ struct Params {
     u64 seed, position;
     int top_k;
     float penalty;
-    int history_start, history_len;
+    int history_start, history_len, deductions, reserved;
 };
 
 #define LOADS 4  // a thread has under way
@@ -40,15 +41,38 @@ DEVICE void philox(u32 (&c)[4], u64 seed) {
 
 struct Row {
     const T* logits;
-    const u32* seen;
+    const u32* seen;  // null where nothing is penalised
     float penalty;
+    const int* deducted;  // tokens, then amounts
+    int deductions;
 
-    DEVICE float penalised(float x, int token) const {
-        if (seen && (seen[token / 32] >> (token % 32) & 1)) x = x < 0 ? x * penalty : x / penalty;
+    DEVICE static bool has(const u32* bits, int token) {
+        return bits[token / 32] >> (token % 32) & 1;
+    }
+    DEVICE float amount(int token) const {  // of a token that is among the deducted
+        int low = 0;
+        for (int high = deductions - 1; low < high;) {
+            const int middle = (low + high) / 2;
+            if (deducted[middle] < token) low = middle + 1;
+            else high = middle;
+        }
+        return __int_as_float(deducted[deductions + low]);
+    }
+    DEVICE float score(int token) const {
+        float x = to_float(logits[token]);
+        if (!seen) return x;
+        if (has(seen, token)) x = x < 0 ? x * penalty : x / penalty;
+        // Not to be fused with the product: the host rounds both.
+        if (has(seen + SEEN_WORDS, token)) x = __fsub_rn(x, amount(token));
         return x;
     }
-    DEVICE float score(int token) const { return penalised(to_float(logits[token]), token); }
 };
+
+// Sets the bits of `tokens`.
+DEVICE void mark(u32* bits, const int* tokens, int count) {
+    for (int i = threadIdx.x; i < count; i += THREADS)
+        if (tokens[i] < VOCAB) atomicOr(bits + tokens[i] / 32, 1u << tokens[i] % 32);
+}
 
 // The best of the block's (value, token): the largest, of equals the lowest token. NaN is largest.
 template <typename V>
@@ -222,8 +246,9 @@ sample(int* tokens, float* largest, const T* logits, const Params* params, const
     wait_for_previous();
     const int index = blockIdx.x / PARTS, part = blockIdx.x % PARTS;
     const Params p = params[index];
-    Row row{logits + (size_t)index * VOCAB, nullptr, p.penalty};
-    const bool penalised = p.penalty != 1.0f && p.history_len > 0;
+    const int* const own = history + p.history_start;
+    Row row{logits + (size_t)index * VOCAB, nullptr, p.penalty, own + p.history_len, p.deductions};
+    const bool penalised = p.history_len > 0 || p.deductions > 0;
     Best best{0, -1};
     auto take = [&](float x, int id) {
         if (best.token < 0 || (!(x <= best.value) && best.value == best.value)) best = {x, id};
@@ -250,13 +275,11 @@ sample(int* tokens, float* largest, const T* logits, const Params* params, const
     }
     if (!join_parts(best, bests + index * PARTS, part, arrived + index)) return;
     if (penalised) {
-        u32* bits = seen + (size_t)index * SEEN_WORDS;
-        for (int i = threadIdx.x; i < SEEN_WORDS; i += THREADS) bits[i] = 0;
+        u32* bits = seen + (size_t)index * 2 * SEEN_WORDS;
+        for (int i = threadIdx.x; i < 2 * SEEN_WORDS; i += THREADS) bits[i] = 0;
         __syncthreads();
-        for (int i = threadIdx.x; i < p.history_len; i += THREADS) {
-            const int token = history[p.history_start + i];
-            if (token < VOCAB) atomicOr(bits + token / 32, 1u << token % 32);
-        }
+        mark(bits, own, p.history_len);
+        mark(bits + SEEN_WORDS, row.deducted, p.deductions);
         __syncthreads();
         row.seen = bits;
 #pragma unroll 1
