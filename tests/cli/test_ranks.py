@@ -17,7 +17,7 @@ from llmforge.cli.ranks import find_mpirun, run_ranks
 from llmforge.comm import Comm
 from llmforge.errors import RankError
 
-PROGRAM = str(Path(__file__).with_name("rank_program.py"))
+PROGRAM = str(Path(__file__).with_name("rank_job.py"))
 MPIRUN = find_mpirun()
 # A job that ends as it should takes about two seconds; one that hangs would reach this.
 LIMIT = 30

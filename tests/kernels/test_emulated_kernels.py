@@ -97,8 +97,8 @@ def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
         largest=torch.zeros(rows),
     )
     names = ("tokens", "largest", "logits", "params", "history")
-    scratch = (bench.operand(name) for name in ("seen", "bests", "arrived"))
-    call = sampling.sample(*map(bench.operand, names), sampling.SampleScratch(*scratch))
+    scratch = sampling.SampleScratch(*map(bench.operand, ("seen", "bests", "arrived")))
+    call = sampling.sample(*map(bench.operand, names), scratch=scratch)
     bench.run(call)
     assert not bench.tensors["arrived"].any(), "the next step counts from zero"
     return bench

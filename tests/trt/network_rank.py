@@ -48,7 +48,6 @@ class NetworkRank:
             cache.name: self._new_cache(cache).uniform_(-GARBAGE, GARBAGE, generator=rng)
             for cache in plan.caches
         }
-        self._by_name = {cache.name: cache for cache in plan.caches}
 
     def call(self, first_slot: int, **inputs: np.ndarray[Any, Any]) -> Tensor | None:
         """The logits of a call on rows of neighbouring slots (None on ranks that have none). The
