@@ -48,6 +48,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 
 bench: $(VENV)/.demo
 	$(BIN)/llmforge convert -c configs/bench-qwen2.5-0.5b.yaml
@@ -62,9 +63,19 @@ test-gpu:
 sanitize-gpu:
 	python3 tests/cuda/sanitize.py
 
+# Whether what torch says of the GPUs is true, in Python's words.
+GPUS = python3 -c 'import sys, torch; sys.exit(not eval(sys.argv[1]))'
+RESULTS := benchmarks/results
+
 bench-gpu:
-	python3 benchmarks/cuda_speed.py --json benchmarks/results/cuda.json
-	python3 benchmarks/cuda_serving.py --json benchmarks/results/cuda_serving.json
+	python3 benchmarks/cuda_speed.py --json $(RESULTS)/cuda.json
+	python3 benchmarks/cuda_serving.py --json $(RESULTS)/cuda_serving.json
+	@if $(GPUS) 'torch.cuda.get_device_capability() == (9, 0)'; then set -x; \
+	  python3 benchmarks/cuda_prompts.py --json $(RESULTS)/cuda_prompts.json; \
+	else echo "left out: cuda_prompts.py, which wants compute capability 9.0"; fi
+	@if $(GPUS) 'torch.cuda.device_count() > 1'; then set -x; \
+	  mpirun -n 2 --bind-to none python3 benchmarks/cuda_ranks.py --json $(RESULTS)/cuda_ranks.json; \
+	else echo "left out: cuda_ranks.py, which wants two GPUs"; fi
 
 clean:
 	rm -rf $(VENV) workdir .mypy_cache .ruff_cache .pytest_cache .hypothesis

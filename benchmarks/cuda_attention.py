@@ -231,7 +231,7 @@ def measure(name: str, bandwidth: float) -> list[dict[str, Any]]:
     """All steps of a model."""
     config = short(MODELS[name])
     executables = loaded(config)
-    rows = []
+    rows: list[dict[str, Any]] = []
     click.echo(f"{name}: microseconds a layer; floor, {', '.join(VARIANTS)}; fused over floor")
     for label, lens in lengths().items():
         nbytes = 2 * sum(lens) * config.num_kv_heads * config.head_dim * 2

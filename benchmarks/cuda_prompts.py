@@ -12,7 +12,7 @@ the rows see, and no product of what is masked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def measure(case: Prompts, arch: str) -> dict[str, Any]:
     return {"us": us, "tflops": flops(case) / seconds[True] / 1e12, "off": off}
 
 
-def measure_all(arch: str, shown: Callable[[str], None]) -> dict[str, Mapping[str, Any]]:
+def measure_all(arch: str, shown: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     found = {}
     for name, case in STEPS.items():
         found[name] = row = measure(case, arch)

@@ -157,6 +157,8 @@ def main(
     if directory is not None:
         click.echo(json.dumps(started(directory)))
         return
+    if not torch.cuda.is_available():
+        raise click.ClickException("this needs an NVIDIA GPU")
     began = start(model, scratch)
     click.echo(f"{model}: " + ", ".join(f"{k} {v:.2f}" for k, v in began.items()))
     bandwidth = read_bandwidth()

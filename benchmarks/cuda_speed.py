@@ -180,8 +180,6 @@ def decode_step(batch: int, kv_len: int, block_size: int) -> StepBatch:
 def device_step(executable: CudaExecutable, batch: int, kv_len: int) -> float:
     """Seconds of device time of one decode step with `kv_len` tokens a sequence."""
     step = decode_step(batch, kv_len, executable.limits.block_size)
-    for _ in range(3):
-        executable.step(step)
     return executable.time_decode(step, repeat=REPLAYS)
 
 
@@ -315,6 +313,8 @@ def main(
     peer: Path | None,
     output: Path | None,
 ) -> None:
+    if not torch.cuda.is_available():
+        raise click.ClickException("this needs an NVIDIA GPU")
     bandwidth = read_bandwidth()
     click.echo(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e12:.2f} TB/s")
     cases = []

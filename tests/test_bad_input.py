@@ -475,7 +475,7 @@ def test_bad_input(
         shutil.copytree(part, tmp_path / part.name)
     (tmp_path / "outputs").mkdir()
     directories = (tmp_path / n for n in ("hf", "checkpoint", "engine1", "engine2"))
-    world = World(*directories, tmp_path / "outputs" / "result")
+    world = World(*directories, out=tmp_path / "outputs" / "result")
     if name == "wrong_number_of_ranks":  # as mpirun would say it, without starting it
         monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
         monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
@@ -500,7 +500,7 @@ def test_there_are_at_least_25_cases() -> None:
 def test_nan_weights_are_a_warning(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    world = World(tmp_path / "hf", *[tmp_path] * 3, tmp_path / "checkpoint")
+    world = World(tmp_path / "hf", tmp_path, tmp_path, tmp_path, tmp_path / "checkpoint")
     shutil.copytree(made / "hf", world.hf)
     world.edit_shard(lambda tensors: tensors[Q_NAME].__setitem__((3, 4), np.nan))
     assert llmforge(*world.convert()) == 0

@@ -19,7 +19,7 @@ from typing import Any
 from llmforge import checksum
 from llmforge.artifact import Manifest, hash_file, size_text
 from llmforge.errors import OutputError
-from llmforge.guard import FileLock, sigterm_raises
+from llmforge.guard import FileLock, interrupts_wait, signals_raise
 
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -43,8 +43,8 @@ class ArtifactWriter:
     """Writes an artifact: a context manager whose `directory` is to be filled, then `commit`.
     `scratch` is a directory beside it that may be made for the time until then.
 
-    Leaving the context without `commit` (an exception, Ctrl-C, SIGTERM) removes everything that
-    was written. A killed run's leftover is removed by the next run to the same output. A lock
+    Leaving the context without `commit` (an exception, Ctrl-C, SIGTERM, SIGHUP) removes everything
+    that was written. A killed run's leftover is removed by the next run to the same output. A lock
     keeps two processes from writing to one output.
 
     Raises OutputError, on construction and on entry, where `output` cannot be written or holds
@@ -105,7 +105,7 @@ class ArtifactWriter:
             raise OutputError(f"cannot write {self._shown}: {parent} is not writable")
 
     def __enter__(self) -> ArtifactWriter:
-        self._signals.enter_context(sigterm_raises())
+        self._signals.enter_context(signals_raise())
         try:
             self._make_parents()
             if not self._lock.acquire():
@@ -129,10 +129,11 @@ class ArtifactWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._committed:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self._leave()
+        with interrupts_wait():
+            if not self._committed:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self._leave()
         if isinstance(error, OSError) and self._is_ours(error):
             raise self._output_error(error) from error
 

@@ -1,4 +1,4 @@
-"""Guards around writing: a lock between processes, and SIGTERM as an exception."""
+"""Guards around writing: a lock between processes, and signals as exceptions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class FileLock:
@@ -51,19 +53,41 @@ class FileLock:
 
 
 @contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Within this, SIGTERM raises SystemExit, so that contexts are left and cleaned up. Does
-    nothing in threads, which get no signals, or where somebody handles the signal already."""
+def signals_raise() -> Iterator[None]:
+    """Within this, SIGTERM and SIGHUP (of a terminal that closes) raise SystemExit, so that
+    contexts are left and cleaned up; a second one does not disturb that. A signal that somebody
+    handles already, or ignores (nohup), stays as it is. Does nothing in threads, which get no
+    signals."""
+    caught: list[signal.Signals] = []
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
+        for ours in caught:
+            signal.signal(ours, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, leave)
+    if threading.current_thread() is threading.main_thread():
+        caught += [n for n in _ENDING if signal.getsignal(n) is signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Within this, Ctrl-C waits until it is left: for cleaning up after a first one."""
+    came: list[FrameType | None] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(signal.SIGINT, came[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,7 +157,7 @@ with ArtifactWriter(Path(sys.argv[1]), "manifest.yaml") as writer:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_killed_writer(output: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER, str(output)],
@@ -177,6 +178,37 @@ def test_killed_writer(output: Path, number: signal.Signals) -> None:
     write(output)
     assert [p.name for p in output.parent.iterdir()] == [output.name]
     assert not (output / "half").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_second_signal_does_not_stop_the_cleaning_up(
+    output: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Ctrl-C is pressed twice."""
+    remove = shutil.rmtree
+
+    def slow(path: Path, ignore_errors: bool) -> None:
+        signal.raise_signal(number)
+        remove(path, ignore_errors=ignore_errors)
+
+    before = signal.getsignal(number)
+    with pytest.raises((SystemExit, KeyboardInterrupt)), ArtifactWriter(output, NAME):
+        monkeypatch.setattr(shutil, "rmtree", slow)
+        signal.raise_signal(number)
+    assert list(output.parent.iterdir()) == []
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_is_left_alone(output: Path) -> None:
+    """Under nohup, the end of the terminal does not end the work."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ArtifactWriter(output, NAME) as writer:
+            signal.raise_signal(signal.SIGHUP)
+            writer.commit(DATA)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert output.is_dir()
 
 
 def test_killed_between_the_two_renames(output: Path) -> None:

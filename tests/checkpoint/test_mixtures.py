@@ -117,7 +117,7 @@ def test_one_expert_at_a_time_is_in_memory(tmp_path: Path) -> None:
     values = {**COMMON, "num_local_experts": 128, "num_experts_per_tok": 4, "head_dim": 8}
     path.write_text(json.dumps({**values, "architectures": ["GptOssForCausalLM"]}))
     family, config = read_config(path)
-    tensors = {
+    tensors: dict[str, dict[str, tuple[int, ...]]] = {
         "blocks": {"gate_up": (128, 96, 1, 16), "down": (128, 32, 1, 24)},
         "scales": {"gate_up": (128, 96, 1), "down": (128, 32, 1)},
     }

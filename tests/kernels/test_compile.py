@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 
 import pytest
 from compiling import compile_all
@@ -20,11 +21,16 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 # log, which greedy rows do not reach.
 SPILLS = {"attention": 64, "sample": 64}
 FEW_SEQUENCES_SPILL = 64  # decode_attention's blocks of 8 warps, which leave half to the products'
+# A word of wide_gemm's, stored and loaded once: three warpgroups leave a lane 128 registers, half
+# of them for a wide tile's sums, and a product that weighs keeps the norm's weights beside these.
+WIDE_SPILL = 8
 
 
 def allowed_spill(spec: KernelSpec) -> int:
     if spec.entry == "decode_attention" and ("WARPS", 8) in spec.defines:
         return FEW_SEQUENCES_SPILL
+    if spec.entry == "wide_gemm" and {("ROWS", 192), ("WEIGHS", 1)} <= set(spec.defines):
+        return WIDE_SPILL
     return SPILLS.get(spec.entry, 0)
 
 
@@ -61,6 +67,12 @@ def kernels_of_models(arch: str) -> dict[str, KernelSpec]:
         for rank in range(layout[0] * layout[1]):
             graph = CudaTarget().prepare(trace(config, Topology(*layout), rank))
             found.update(engine_kernels(graph, longer, arch))
+    many = dataclasses.replace(limits, max_batch_size=256, max_num_tokens=256, num_blocks=256)
+    for config in (REAL[0], REAL[2]):
+        graph = CudaTarget().prepare(trace(config, Topology(), 0))
+        for key, spec in engine_kernels(graph, many, arch).items():
+            if spec.entry == "wide_gemm" and dict(spec.defines)["ROWS"] in (192, 256):
+                found[key] = spec
     wide = of_dtype(MODELS["head-dim-256"], "bfloat16")
     capped = dataclasses.replace(wide, attention_softcap=50.0, attention_sinks=True)
     for config in (*REAL, wide, capped):
@@ -121,6 +133,22 @@ def test_results_are_kept_by_source_flags_and_arch(tmp_path, monkeypatch):
         compile_kernel(RELU, "sm_90", tmp_path)
 
 
+@pytest.mark.parametrize("broken", ["directory", "disk"])
+def test_where_nothing_can_be_kept_kernels_compile_nevertheless(broken, tmp_path, monkeypatch):
+    if broken == "directory":
+        cache = tmp_path / "file" / "cache"
+        cache.parent.touch()
+    else:
+        cache = tmp_path / "cache"
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(compiler.os, "rename", full)
+    assert compile_kernel(RELU, "sm_90", cache).image == compile_kernel(RELU, "sm_90").image
+    assert {path.suffix for path in cache.glob("*")} <= {".lock"}
+
+
 def test_a_kernel_is_another_where_its_code_is(monkeypatch):
     before = source_texts(RELU.source)
 
@@ -164,5 +192,7 @@ def test_an_engine_has_the_kernels_of_the_architectures_asked_for(tmp_path):
     target.compile(graph, RandomWeights(config, 0), LIMITS, tmp_path)
     suffixes = {path.name.split(".", 1)[1] for path in (tmp_path / "kernels").iterdir()}
     assert suffixes == {"sm_89.cubin", "ptx"}
-    with pytest.raises(BuildError, match="does not know the architecture 'sm_5'; allowed: sm_"):
-        CudaTarget().configured(BuildSettings(arch=("sm_5",)))
+    for unknown in ("sm_5", "sm_75"):
+        expected = f"cannot build for the architecture '{unknown}'; allowed: sm_80, sm_"
+        with pytest.raises(BuildError, match=expected):
+            CudaTarget().configured(BuildSettings(arch=("sm_80", unknown)))

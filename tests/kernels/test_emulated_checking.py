@@ -96,6 +96,19 @@ def test_the_first_wrong_instruction_is_named(
     assert [check["passed"] for check in steps[-1]["checks"]][-2:] == [True, False]
 
 
+def test_the_executable_is_closed_where_a_check_raises(
+    engine: Path, executable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    closed: list[bool] = []
+    monkeypatch.setattr(executable, "close", lambda: closed.append(True))
+    monkeypatch.setattr(checking, "check_instructions", out_of_memory)
+    assert llmforge("verify", str(engine), "--ops") == 1
+    assert closed == [True]
+
+
 def test_nan_is_wrong(engine: Path, executable: Any, capsys: Capture) -> None:
     break_instruction(executable, 4, math.nan)
     capsys.readouterr()

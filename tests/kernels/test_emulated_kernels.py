@@ -108,7 +108,7 @@ def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
     names = ("tokens", "largest", "logits", "params", "history")
     scratch = sampling.SampleScratch(*map(bench.operand, ("seen", "bests", "arrived")))
     step = bench.operand("ids"), bench.operand("places")
-    call = sampling.sample(*map(bench.operand, names), scratch, step)
+    call = sampling.sample(*map(bench.operand, names), scratch=scratch, step=step)
     bench.run(call)
     assert not bench.tensors["arrived"].any(), "the next step counts from zero"
     return bench

@@ -3,6 +3,8 @@ work together, and the tokens drawn."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from cuda_models import (
@@ -113,6 +115,22 @@ def test_running_ahead_gives_the_same_tokens(dtype):
     with emulated_gpu():
         cuda = emulated_rank(config, 4)
         check_running_ahead(cuda, config.vocab_size, 6, ends_early=dtype == "float32")
+
+
+def test_the_decode_step_that_is_timed_is_the_one_asked_for():
+    """However many run: the graph fetches from two areas in turn."""
+    config = of_dtype(MODELS["llama"], "bfloat16")
+    driver = Driver(LIMITS, config.vocab_size, seed=1, prompts=(5, 9, 8))
+    with emulated_gpu():
+        cuda = emulated_rank(config, 4)
+        for batch in steps(driver, decode_steps=1):
+            wanted = cuda.step(batch).logits.copy()
+        other = dataclasses.replace(batch, token_ids=batch.token_ids[::-1].copy())
+        for repeat in (1, 2):
+            assert not np.array_equal(cuda.step(other).logits, wanted)
+            cuda.step(other)
+            assert cuda.time_decode(batch, repeat) == 2e-3
+            assert np.array_equal(cuda.last_logits(3), wanted)
 
 
 @pytest.mark.parametrize(

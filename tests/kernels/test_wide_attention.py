@@ -71,7 +71,7 @@ def test_float32_slopes_and_sinks_are_left_to_others(name: str) -> None:
 def test_which_caches_are_taken() -> None:
     def stages(head_dim: int, block_size: int = 32, group: int = 4) -> tuple[int, int, int] | None:
         plan = wide_attention_plan("bfloat16", 8 * group, 8, head_dim, block_size)
-        return plan and plan.stages
+        return plan.stages if plan else None
 
     assert stages(128) == (3, 2, 2)
     assert stages(64) == (4, 4, 2)

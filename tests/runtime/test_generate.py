@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -140,7 +142,7 @@ def test_penalties_are_for_tokens_that_are_still_being_drawn(penalty):
 
 def test_followers_run_the_same_steps():
     requests = [Request(i, tuple(p), 6) for i, p in enumerate(prompts(5, 9))]
-    seen = [None] * 3
+    seen: list[Any] = [None] * 3
 
     def work(comm):
         executable = ToyExecutable(limits())
@@ -163,7 +165,7 @@ def test_followers_run_the_same_steps():
 @given(workloads(), st.integers(2, 3))
 def test_followers_run_ahead_as_rank_0_does(workload, ranks):
     requests, tight, _ = workload
-    seen = [None] * ranks
+    seen: list[Any] = [None] * ranks
 
     def work(comm):
         executable = seen[comm.rank] = AheadToyExecutable(tight, comm=comm)
@@ -182,7 +184,7 @@ def test_followers_run_ahead_as_rank_0_does(workload, ranks):
 
 def test_the_other_ranks_begin_a_step_before_the_one_before_is_over():
     request = Request(0, tuple(prompts(1, 3)[0]), 10)
-    seen = [None] * 2
+    seen: list[Any] = [None] * 2
 
     def work(comm):
         executable = seen[comm.rank] = AheadToyExecutable(limits(), comm=comm)

@@ -222,7 +222,7 @@ class NemoWriter:
             torch.Size([4]),
             [ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))],
         )
-        metadata = Metadata(described, {"planner": "data"}, stored)
+        metadata: Any = Metadata(described, {"planner": "data"}, stored)
         metadata.mcore_data = {"module.x": {"nd_reformulated_orig_global_shape": (3, 4)}}
         files[".metadata"] = pickle.dumps(metadata)
         files["common.pt"] = saved({"checkpoint_version": 3.0})

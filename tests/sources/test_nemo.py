@@ -325,11 +325,11 @@ def test_pieces_are_what_numpy_makes_of_them(data: Any, rows: int, columns: int)
     assert np.array_equal(piece.read(), array)
     start = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(start, rows))
-    part = piece.rows(start, stop)
+    rows_read = piece.rows(start, stop)
     expected = array[start:stop].tobytes()
     first = data.draw(st.integers(0, len(expected)))
     out = np.empty(data.draw(st.integers(0, len(expected) - first)), np.uint8)
-    part.fill(first, out)
+    rows_read.fill(first, out)
     assert out.tobytes() == expected[first : first + out.size]
     if len(chunks) > 1:
         assert from_chunks("float32", shape, chunks[1:]) is None

@@ -16,7 +16,7 @@ from llmforge.runtime.sampling import penalised, sample
 
 _BYTES = {"DTYPE_BFLOAT16": 2, "DTYPE_FLOAT16": 2, "DTYPE_FLOAT32": 4}
 NOTHING = np.zeros(0, np.int32)
-_WORDS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+_WORDS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 def cache_write(

@@ -250,9 +250,9 @@ def test_reductions_softmax_topk_and_running_sums() -> None:
     top = hand.net.add_topk(hand.input("x", X), trt.TopKOperation.MAX, 3, 1 << 2)
     hand.output(top, "values", 0)
     hand.output(top, "places", 1)
-    got, expected = hand.run(x=X), X.topk(3)
-    assert got["values"].equal(expected.values)
-    assert got["places"].equal(expected.indices.int())
+    found, largest = hand.run(x=X), X.topk(3)
+    assert found["values"].equal(largest.values)
+    assert found["places"].equal(largest.indices.int())
     axis = torch.tensor(1, dtype=torch.int32)
     sums = trt.CumulativeOperation.SUM
     got = of_one(lambda h, x: h.net.add_cumulative(x, h.constant(axis), sums, False, False), X)

@@ -88,7 +88,7 @@ def config_of(name: str, dtype: str = "float32") -> ModelConfig:
         return replace(OWN[name], dtype=dtype)
     case = BY_NAME[name]
     config = case._config_class(**{**COMMON, **case.settings})
-    model = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    model: Any = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     config.architectures = [model.__name__]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "config.json"

@@ -30,7 +30,9 @@ _JOINED = re.compile(r"^((?:internal )?error: .*?)(-{60,})$")
 _NOISE = re.compile(r"^\[[\w.-]+:\d+\] |^(prterun: )?[Aa]bort is (already )?in progress")
 _KILLED = re.compile(r"rank (\d+) .*?exited on signal (\d+)")
 _EXITED = re.compile(r"Process name: \[[^\]]*,(\d+)\] Exit code: (\d+)")
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OURS = ("error: ", "internal error: ")
+_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 _PR_SET_PDEATHSIG = 1
 _SHOWN_LENGTH = 200
 
@@ -97,7 +99,18 @@ def _quoted(argument: str) -> str:
         argument = f"{argument[:_SHOWN_LENGTH]}..."
     if argument.isprintable():
         return shlex.quote(argument)
-    return "$'" + argument.encode("unicode_escape").decode().replace("'", r"\'") + "'"
+    return "$'" + "".join(map(_escaped, argument)) + "'"
+
+
+def _escaped(character: str) -> str:
+    r"""The character between $' and ': as it is where it is printable, else in bash's escapes."""
+    if character in "\\'":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
 
 
 # --- starting mpirun
@@ -170,7 +183,8 @@ def _supervise(command: list[str], environment: dict[str, str]) -> int:
         stopped.append(number)
         process.send_signal(signal.SIGTERM)
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # Not those that are ignored, as SIGHUP is under nohup.
+    signals = [n for n in _ENDING if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in signals}
     relay = _Relay()
     try:
@@ -239,6 +253,8 @@ class _Relay:
             return f"rank {rank} was killed by signal {number} ({_signal_name(number)}){hint}"
         if found := _EXITED.search(text):
             return f"rank {found[1]} ended with status {found[2]} and no message"
+        if status < 0:
+            return f"mpirun was killed by signal {-status} ({_signal_name(-status)})"
         return f"mpirun failed with status {status}: {text or 'it gave no reason'}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 
 from llmforge.cli.options import PATH, json_option
 from llmforge.errors import VerificationError
+from llmforge.guard import signals_raise
 
 if TYPE_CHECKING:
     from llmforge.artifact import Manifest
@@ -107,22 +109,21 @@ def _verify_ops(path: Path, kind: str, stop_after: int | None, as_json: bool) ->
     from llmforge.engine.cuda import checking
     from llmforge.engine.cuda.executable import CudaExecutable
 
-    executable = load_executable(engine, LocalComm())
-    assert isinstance(executable, CudaExecutable)
     steps, wrong = [], None
-    for name, batch in checking.steps_to_check(executable, engine.config.vocab_size):
-        checks = []
-        for check in checking.check_instructions(executable, batch, stop_after=stop_after):
-            checks.append(check)
-            if not check.passed:
-                wrong = f"{name}: {check}"
+    with contextlib.closing(load_executable(engine, LocalComm())) as executable:
+        assert isinstance(executable, CudaExecutable)
+        for name, batch in checking.steps_to_check(executable, engine.config.vocab_size):
+            checks = []
+            for check in checking.check_instructions(executable, batch, stop_after=stop_after):
+                checks.append(check)
+                if not check.passed:
+                    wrong = f"{name}: {check}"
+                    break
+            steps.append({"step": name, "checks": [check.to_dict() for check in checks]})
+            if not as_json:
+                _print_checks(name, checks, each=stop_after is not None)
+            if wrong:
                 break
-        steps.append({"step": name, "checks": [check.to_dict() for check in checks]})
-        if not as_json:
-            _print_checks(name, checks, each=stop_after is not None)
-        if wrong:
-            break
-    executable.close()
     if as_json:
         print_json({**_result(engine.manifest, kind, []), "steps": steps})
     if wrong:
@@ -194,16 +195,17 @@ def _compare_checkpoint(checkpoint: Path, against: Path) -> Comparison:
     from llmforge.runtime.loading import load_executable
     from llmforge.settings import BuildSettings
 
-    with tempfile.TemporaryDirectory(prefix="llmforge-verify-") as directory:
+    with (
+        signals_raise(),
+        tempfile.TemporaryDirectory(prefix="llmforge-verify-") as directory,
+    ):
         path = Path(directory) / "engine"
         # Enough for the comparison's prompts.
         settings = BuildSettings(target="cpu", max_batch_size=4, max_seq_len=64, max_num_tokens=128)
         build(checkpoint, path, settings)
         engine, comm = Engine.open(path), LocalComm()
-        executable = load_executable(engine, comm)
-        comparison = _compare(comm, engine, executable, against)
-        executable.close()
-    return comparison
+        with contextlib.closing(load_executable(engine, comm)) as executable:
+            return _compare(comm, engine, executable, against)
 
 
 def _compare(comm: Comm, engine: Engine, executable: Any, against: Path) -> Comparison:

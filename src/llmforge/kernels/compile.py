@@ -122,20 +122,25 @@ def arch_number(arch: str) -> int:
 
 def compile_kernel(spec: KernelSpec, arch: str, cache: Path | None = None) -> Compiled:
     """The kernel for `arch`: "sm_90" gives a cubin, "compute_80" PTX that the driver of any later
-    GPU compiles when it is loaded. `cache`: a directory to keep results in; None: keep nothing.
-    Raises CompileError.
+    GPU compiles when it is loaded. `cache`: a directory to keep results in, as far as it can be
+    written; None: keep nothing. Raises CompileError.
     """
     if cache is None:
         return _compile(spec, arch)
     path = cache.expanduser() / _digest(spec, arch)
     image, log = path.with_suffix(".image"), path.with_suffix(".log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_suffix(".lock")):
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path.with_suffix(".lock")))
+        except OSError:
+            return _compile(spec, arch)
         if image.exists() and log.exists():
             return Compiled(image.read_bytes(), log.read_text())
         compiled = _compile(spec, arch)
-        _write(log, compiled.log.encode())
-        _write(image, compiled.image)
+        with contextlib.suppress(OSError):
+            _write(log, compiled.log.encode())
+            _write(image, compiled.image)
         return compiled
 
 
@@ -227,6 +232,10 @@ def locked(path: Path) -> Iterator[None]:
 
 def _write(path: Path, data: bytes) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-    os.rename(name, path)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.rename(name, path)
+    except OSError:
+        os.unlink(name)
+        raise

@@ -72,24 +72,23 @@ def image_name(key: str, arch: str) -> str:
 
 def best_arch(archs: Sequence[str], capability: tuple[int, int]) -> str:
     """Of an engine's architectures, the best for a GPU of this capability: cubins run on GPUs of
-    the same major and the same or a later minor version; PTX on any later one."""
-    major, minor = capability
-    fitting = [
-        arch
-        for arch in archs
-        if arch.startswith("sm_")
-        and arch_number(arch) // 10 == major
-        and (arch_number(arch) % 10 < minor + (arch[-1] != "a"))
-        and (arch[-1] != "a" or arch_number(arch) % 10 == minor)
-    ]
+    the same major and the same or a later minor version, those of an architecture like
+    "sm_90a" on that alone; PTX on any later one."""
+
+    def fits(arch: str) -> bool:
+        major, minor = divmod(arch_number(arch), 10)
+        later = minor < capability[1] and not arch.endswith("a")
+        return major == capability[0] and (minor == capability[1] or later)
+
+    fitting = [arch for arch in archs if arch.startswith("sm_") and fits(arch)]
     return max(fitting, key=lambda arch: (arch_number(arch), arch)) if fitting else PTX_ARCH
 
 
 def check_archs(archs: Sequence[str]) -> None:
-    """Raises BuildError for what the compiler cannot make cubins for."""
-    supported = supported_archs()
+    """Raises BuildError for what the compiler cannot make cubins for, or kernels are not for."""
+    supported = [arch for arch in supported_archs() if arch_number(arch) >= arch_number(PTX_ARCH)]
     if unknown := [arch for arch in archs if arch.removesuffix("a") not in supported]:
         raise BuildError(
-            f"the compiler does not know the architecture {unknown[0]!r}; "
+            f"the cuda target cannot build for the architecture {unknown[0]!r}; "
             f"allowed: {', '.join(supported)}"
         )

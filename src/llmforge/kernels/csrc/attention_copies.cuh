@@ -2,6 +2,7 @@
 //   HEAD_DIM, GROUP, KV_HEADS, BLOCK_SIZE, TABLE_STRIDE, KEYS and the STAGES as there.
 #pragma once
 #include "attention_plan.cuh"
+#include "ring.cuh"
 
 #define GROUPS 2  // of 4 warps that multiply; of one more a warp copies
 #define WARPS (GROUPS * 4)
@@ -10,39 +11,6 @@
 #define QUERY_BYTES (HALVES * 64 * 128)    // of a warpgroup
 #define PAGE (BLOCK_SIZE < KEYS ? BLOCK_SIZE : KEYS)  // rows of a copy
 #define PAGES (KEYS / PAGE)
-
-// By all lanes of a warp: it arrives.
-DEVICE void arrive(u64* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
-
-// Tiles in the order in which they are copied and used. `full` ends a phase when all bytes have come,
-// `empty` when all warps have read them.
-template <int SLOTS, int BYTES>
-struct Ring {
-    char* slots;
-    u64* full;
-    u64* empty;
-    int slot = 0;
-    u32 parity = 0;
-
-    DEVICE char* tile() const { return slots + slot * BYTES; }
-    DEVICE void next() {
-        if (++slot == SLOTS) slot = 0, parity ^= 1;
-    }
-    DEVICE void wait_empty() const { barrier_wait(empty + slot, parity ^ 1); }
-    DEVICE void wait_full() const { barrier_wait(full + slot, parity); }
-    // All lanes of this warp have read the tile.
-    DEVICE void release() {
-        arrive(empty + slot);
-        next();
-    }
-    // By one thread.
-    DEVICE void init() const {
-        for (int s = 0; s < SLOTS; s++) barrier_init(full + s), barrier_init(empty + s, WARPS);
-    }
-};
 
 // What a block has in shared memory. With the queries is which item they are of, and its kv head.
 struct Rings {

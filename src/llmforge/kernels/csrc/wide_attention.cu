@@ -310,7 +310,8 @@ wide_attention(T* out, const __grid_constant__ TensorMap q, const __grid_constan
     let_next_start();
     // The swizzle pattern starts anew every 1024 bytes of shared memory.
     const Rings rings(unaligned + (-shared_address(unaligned) & 1023), barriers, items);
-    if (threadIdx.x == 0) rings.keys.init(), rings.values.init(), rings.queries.init();
+    if (threadIdx.x == 0)
+        rings.keys.init(WARPS), rings.values.init(WARPS), rings.queries.init(WARPS);
     barriers_ready();
     __syncthreads();
     wait_for_previous();

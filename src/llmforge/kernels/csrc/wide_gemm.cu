@@ -21,6 +21,7 @@
 // SPLIT * tiles.
 #include "common.cuh"
 #include "activation.cuh"
+#include "ring.cuh"
 #include "wgmma.cuh"
 
 #define GROUPS ((ROWS + 63) / 64)  // of 4 warps that multiply
@@ -39,6 +40,9 @@
 #define TOGETHER (GROUPS > 2 ? 1 : 8)
 #define OUTPUTS (GATED ? COLUMNS / 2 : COLUMNS)  // features of a tile that are stored
 
+typedef Ring<STAGES, SLOT> Slots;  // each of weights, then x
+DEVICE char* x_of(const Slots& slots) { return slots.tile() + COLUMNS * 128; }
+
 // What a block computes: in each of its rounds a tile and a part of K.
 struct Work {
     int items, item;
@@ -53,35 +57,19 @@ struct Work {
     DEVICE int part() const { return item % SPLIT; }
 };
 
-// Slots in the order in which they are filled and used. `full` ends a phase when all bytes have come,
-// `empty` when all warps have read them.
-struct Ring {
-    char* slots;
-    u64* full;
-    u64* empty;
-    int slot = 0;
-    u32 parity = 0;
-
-    DEVICE char* weights() const { return slots + slot * SLOT; }
-    DEVICE char* x() const { return weights() + COLUMNS * 128; }
-    DEVICE void next() {
-        if (++slot == STAGES) slot = 0, parity ^= 1;
-    }
-};
-
 // What is to be copied next, and where to.
 struct Copies {
-    Ring ring;
+    Slots ring;
     Work work;
     int chunk = 0;  // of the part
 
     DEVICE void weights(const TensorMap* map, u64 policy) const {
         barrier_expect(ring.full + ring.slot, SLOT);
-        copy_box(ring.weights(), map, 0, work.tile() * OUTPUTS, 0, column(), ring.full + ring.slot,
+        copy_box(ring.tile(), map, 0, work.tile() * OUTPUTS, 0, column(), ring.full + ring.slot,
                  policy);
     }
     DEVICE void x(const TensorMap* map) const {
-        copy_box(ring.x(), map, 0, 0, 0, column(), ring.full + ring.slot);
+        copy_box(x_of(ring), map, 0, 0, 0, column(), ring.full + ring.slot);
     }
     DEVICE int column() const { return work.part() * CHUNKS + chunk; }
     DEVICE void next() {
@@ -102,7 +90,7 @@ DEVICE void copy_all(Copies ahead, const TensorMap* weight, const TensorMap* x) 
     for (; early; early--, behind.next()) behind.x(x);
 #pragma unroll 1
     for (; ahead.work.left(); ahead.next()) {
-        barrier_wait(ahead.ring.empty + ahead.ring.slot, ahead.ring.parity ^ 1);
+        ahead.ring.wait_empty();
         ahead.weights(weight, policy);
         ahead.x(x);
     }
@@ -110,16 +98,16 @@ DEVICE void copy_all(Copies ahead, const TensorMap* weight, const TensorMap* x) 
 
 // A tile's sums of this warpgroup's 64 rows over a part of K. Those of small tiles are in two parts: a
 // product need not wait for the one before.
-DEVICE void multiply(float (&total)[COLUMNS / 2], Ring& ring) {
+DEVICE void multiply(float (&total)[COLUMNS / 2], Slots& ring) {
     float sums[CHAINS][COLUMNS / 2];
     const u32 rows = threadIdx.x / 128 * (64 * 128);
     const bool releases = threadIdx.x % 32 == 0;
     u64* before = nullptr;  // of the slot whose products are under way
 #pragma unroll 1
     for (int c = 0; c < CHUNKS; c++) {
-        barrier_wait(ring.full + ring.slot, ring.parity);
-        const u64 a = factor(shared_address(ring.x()) + rows);
-        const u64 b = factor(shared_address(ring.weights()));
+        ring.wait_full();
+        const u64 a = factor(shared_address(x_of(ring)) + rows);
+        const u64 b = factor(shared_address(ring.tile()));
         products_begin();
 #pragma unroll
         for (int k = 0; k < 4; k++)  // 16 elements, 32 bytes, at a time
@@ -348,7 +336,7 @@ wide_gemm(T* out, const __grid_constant__ TensorMap x, const __grid_constant__ T
     __shared__ __align__(16) float scales[NORM ? GROUPS * 64 : 1];
     let_next_start();
     // The swizzle pattern starts anew every 1024 bytes of shared memory.
-    Ring ring{unaligned + (-shared_address(unaligned) & 1023), barriers, barriers + STAGES};
+    Slots ring{unaligned + (-shared_address(unaligned) & 1023), barriers, barriers + STAGES};
     u64* const scaled = barriers + 2 * STAGES;
     if (threadIdx.x < STAGES) {
         barrier_init(ring.full + threadIdx.x);
@@ -364,8 +352,7 @@ wide_gemm(T* out, const __grid_constant__ TensorMap x, const __grid_constant__ T
 #if NORM
     if (warp == SCALES) {
         find_scales(scales, x_squares, eps);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(scaled);
+        arrive(scaled);
     }
 #endif
     if (warp >= WARPS) return;

@@ -1,4 +1,4 @@
-"""A small job for test_ranks.py: rank_program.py SIZE DEED, run like a subcommand of llmforge."""
+"""A small job for test_ranks.py: rank_job.py SIZE DEED, run like a subcommand of llmforge."""
 
 from __future__ import annotations
 
