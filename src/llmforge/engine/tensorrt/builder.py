@@ -12,11 +12,12 @@ from typing import Any
 
 from llmforge.checksum import new_checksum
 from llmforge.engine.target import Weights
-from llmforge.engine.tensorrt.cache_file import cache_path, replace_file
+from llmforge.engine.tensorrt.cache_file import cache_path
 from llmforge.engine.tensorrt.io import Profile
 from llmforge.engine.tensorrt.lowering.rank import Engine
 from llmforge.engine.tensorrt.package import Package
 from llmforge.errors import BuildError
+from llmforge.replacing import replace_file
 
 _RELEASE_SECONDS = 0.1
 
