@@ -455,6 +455,16 @@ def a_changed_byte_is_found(w: World) -> list[object]:
     return ["verify", w.checkpoint]
 
 
+@case("nowhere is not a directory: --against takes the directory of the original model")
+def compared_with_nothing(w: World) -> list[object]:
+    return ["verify", w.engine1, "--against", w.out.parent / "nowhere"]
+
+
+@case("has no config.json: --against takes")
+def compared_with_a_checkpoint(w: World) -> list[object]:
+    return ["verify", w.checkpoint, "--against", w.checkpoint]
+
+
 @case("rank1/weights.safetensors")
 def a_changed_byte_of_an_engine_is_found(w: World) -> list[object]:
     flip_byte(w.engine2 / "rank1/weights.safetensors")
