@@ -5,7 +5,8 @@
 // tokens [rows]: the token. largest [rows]: the largest logit, for the host to refuse NaN and inf.
 // history: from a row's history_start on the tokens that the repetition penalty is for, then those
 // whose scores something is deducted from, ascending, and how much (float32). seen: a bit a token of
-// the former, then of the latter, [rows, 2, ceil(VOCAB / 32)], scratch. bests [rows, PARTS]: scratch. arrived: an int a row, zero before and after.
+// the former, then of the latter, [rows, 2, ceil(VOCAB / 32)], scratch. bests [rows, PARTS]: scratch.
+// arrived: an int a row, zero before and after.
 #include "common.cuh"
 
 struct Params {
