@@ -33,6 +33,8 @@ from llmforge.comm import Comm, LocalComm
 from llmforge.engine.cpu.target import CpuTarget
 from llmforge.engine.cuda import executable
 from llmforge.engine.cuda.target import CudaTarget
+from llmforge.engine.device_sampling import GREEDY, PARAMS
+from llmforge.engine.step import SampleRow, SamplingParams
 from llmforge.model.decoder import trace
 from llmforge.parallel import Topology
 
@@ -161,6 +163,23 @@ def test_what_runs_beside_waits_for_the_steps_arrays_and_is_waited_for(monkeypat
                 "0 waits",
                 *((i, 0) for i in range(joins, count)),
             ]
+
+
+def test_what_fills_up_a_bucket_draws_nothing():
+    """Whatever the step before had there: its rows would read histories that are gone."""
+    with emulated_gpu():
+        cuda = emulated_rank(MODELS["llama"], 4)
+        runner, staging = cuda._decodes[4], cuda.memory.next_staging()
+        driver = Driver(LIMITS, 300, seed=1, prompts=(5, 9, 8))
+        driver.append([1, 2, 3], [0, 1, 2])
+        row = SampleRow(SamplingParams(temperature=1.0, top_p=0.5), 6, np.zeros(0, np.int32))
+        params = staging.array(runner.program, "sampling", PARAMS)
+        for sampling in ((row,) * 3, ()):
+            params[:] = 77
+            batch = dataclasses.replace(driver.batch([1, 1, 1]), sampling=sampling)
+            runner._write(batch, staging)
+            assert (params[len(sampling) :] == GREEDY).all()
+            assert (params[: len(sampling)] != GREEDY).all(), "these are written before"
 
 
 def test_the_decode_step_that_is_timed_is_the_one_asked_for():
