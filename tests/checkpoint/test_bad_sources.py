@@ -66,6 +66,12 @@ def remove(make: Make, name: str, shards: int = 0) -> Path:
     return directory
 
 
+def link(make: Make, name: str) -> Path:
+    directory = remove(make, name)
+    (directory / name).symlink_to("../../blobs/0123")
+    return directory
+
+
 def empty(make: Make) -> Path:
     directory = make()
     shutil.rmtree(directory)
@@ -111,6 +117,17 @@ CASES: dict[str, tuple[Callable[[Make], Path], str]] = {
     "empty directory": (empty, "is empty"),
     "no config": (lambda make: remove(make, "config.json"), "has no config.json"),
     "no weights": (without_weights, "has no weights; a model directory holds"),
+    "no index": (
+        lambda make: remove(make, INDEX, shards=2),
+        f"has parts of the weights ({SHARD}, model-00002-of-00002.safetensors) without their "
+        f"index, {INDEX}",
+    ),
+    "no index of torch files": (
+        lambda make: without_weights(make, "a-1-of-2.bin", "a-2-of-2.bin"),
+        "without their index, pytorch_model.bin.index.json",
+    ),
+    "a link to nowhere": (lambda make: link(make, "model.safetensors"), "that lead nowhere: model"),
+    "config is a link to nowhere": (lambda make: link(make, "config.json"), "nowhere: config.json"),
     "gguf only": (lambda make: without_weights(make, "m.gguf"), "GGUF files are not supported"),
     "onnx only": (lambda make: without_weights(make, "m.onnx"), "ONNX files are not supported"),
     "truncated safetensors": (

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llmforge.checkpoint.convert import convert
 from llmforge.checkpoint.tokenizer_files import copy_tokenizer
+from llmforge.runtime.tokenizer import generation_defaults, load_tokenizer
 from llmforge.settings import ConvertSettings
 
 TEXT = "the quick brown fox jumps over the lazy dog, twice: the fox, the dog. Übermut and 日本"
@@ -103,3 +104,33 @@ def test_trouble_is_a_warning(tmp_path: Path, files: dict[str, str], words: str 
         assert "\n" not in warning and "token ids only" in warning
     if words is not None:
         assert len(warnings) == 1 and words in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("tokenizer.json", b"{}", "cannot be loaded (Model missing"),
+        ("tokenizer_config.json", b"{", "is not valid JSON"),
+        ("tokenizer_config.json", b"[]", "is not a JSON object"),
+        ("generation_config.json", b"null", "is not a JSON object"),
+        ("chat_template.json", b"", "is not valid JSON"),
+        ("chat_template.json", b"3", "is not a JSON object"),
+        ("chat_template.jinja", b"\xff", "is not UTF-8"),
+    ],
+)
+def test_a_broken_file_stays_behind(
+    tmp_path: Path, trained: Tokenizer, name: str, data: bytes, words: str
+) -> None:
+    """What is copied can be used: an engine would refuse the file at each run."""
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.mkdir()
+    trained.save(str(source / "tokenizer.json"))
+    (source / name).write_bytes(data)
+    warnings: list[str] = []
+    written = copy_tokenizer(source, destination, warnings.append)
+    assert len(warnings) == 1 and words in warnings[0] and name in warnings[0]
+    assert sorted(written) == sorted(path.name for path in destination.iterdir())
+    assert name not in written
+    loaded = load_tokenizer(destination)
+    assert (loaded is None) == (name == "tokenizer.json")
+    assert generation_defaults(destination) == {}

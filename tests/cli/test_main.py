@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from llmforge import __version__
+from llmforge.artifact import hash_file
 from llmforge.cli import errors
 from llmforge.cli.main import COMMANDS, cli
 from llmforge.errors import LlmforgeError, RequestError, SettingsError
@@ -106,7 +109,7 @@ def test_every_setting_is_an_option(name: str) -> None:
         (["convert", "-o", "/tmp/x"], 2, "error: SOURCE is missing"),
         (["convert", "x", "-o", "y", "--random-weights"], 2, "go together"),
         (["convert", "x", "-o", "y", "--dtype", "int8"], 2, "'int8' is not one of"),
-        (["bench"], 2, "error: ENGINE is missing"),
+        (["bench"], 2, "with a workdir: llmforge bench -c FILE.yaml"),
         (["inspect", "/no/such"], 1, "error: /no/such does not exist"),
         (["inspect", "x", "--rank", "1"], 2, "error: --rank says whose graph"),
         (["verify", "/"], 1, "error: / is not a checkpoint or an engine"),
@@ -219,6 +222,64 @@ def test_a_reader_that_has_enough() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+LLMFORGE = f"{sys.executable} -m llmforge"
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["doctor", "--json"]])
+def test_no_reader_has_the_status_that_shells_give(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "llmforge", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams(closed: str) -> None:
+    """As a daemon's are."""
+    done = shell(f"{LLMFORGE} doctor --json {closed}")
+    assert (done.returncode, done.stderr) == (0, "")
+    if not closed.startswith(">"):
+        json.loads(done.stdout)  # and nothing of what stderr would have had
+    assert shell(f"{LLMFORGE} inspect /no/such {closed}").returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_does_not_fit() -> None:
+    done = shell(f"{LLMFORGE} doctor > /dev/full")
+    line = "error: cannot write the output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_what_stdouts_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    directory = tmp_path / "größe-日本"
+    directory.mkdir()
+    for name in ("x", "y"):
+        (directory / name).write_text("x")
+    size, digest = hash_file(directory / "x")
+    entry = f"{{size: {size}, xxh3_128: '{digest}'}}"
+    (directory / "manifest.yaml").write_text(
+        f"kind: checkpoint\nformat_version: 1\nfiles: {{x: {entry}, 'y': {entry}}}"
+    )
+    command = f"{LLMFORGE} verify {directory} --json"
+    done = shell(command, PYTHONIOENCODING="ascii")
+    assert json.loads(done.stdout)["path"] == str(directory) and r"\u65e5" in done.stdout
+    assert "日本" in shell(command, PYTHONIOENCODING="utf-8").stdout
+    text = shell(f"{LLMFORGE} verify {directory}", PYTHONIOENCODING="ascii").stdout
+    assert text == f"checkpoint {tmp_path}/gr\\xf6\\xdfe-\\u65e5\\u672c: 2 files are whole\n"
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,20 @@ def test_entry_over_settings_over_generation_config_over_off():
     assert resolve(0, off, RunSettings(), defaults, None).sampling.greedy
 
 
+def test_a_bad_value_of_the_generation_config_is_named_as_such():
+    defaults = {"temperature": "hot", "top_k": 50.0}
+    with pytest.raises(RequestError) as caught:
+        resolve(0, IDS, RunSettings(top_k=4), defaults, None)
+    assert str(caught.value) == (
+        '--prompt 1: temperature is "hot"; it must be a number; the model\'s '
+        "generation_config.json has it: give another, with the prompt or with --temperature"
+    )
+    both = RunSettings(top_k=4, temperature=0.5)
+    assert resolve(0, IDS, both, defaults, None).sampling == SamplingParams(
+        temperature=0.5, top_k=4
+    )
+
+
 def test_text_is_encoded_and_chat_uses_the_template(tmp_path):
     source = "[{{ messages[0].role }}]{{ messages[0].content }}"
     tokenizer = Tokenizer(toy_tokenizers.byte_level(tmp_path, chat_template=source))

@@ -107,6 +107,24 @@ def template(tmp_path, source):
     return Tokenizer(toy_tokenizers.byte_level(tmp_path, chat_template=source))
 
 
+@pytest.mark.parametrize("named", [[{"name": "a"}], [{}], ["x"], [], [{"template": 3}]])
+def test_templates_that_are_none(tmp_path, named):
+    tokenizer = Tokenizer(toy_tokenizers.byte_level(tmp_path, chat_template=named))
+    assert not tokenizer.has_chat_template
+
+
+def test_files_that_are_not_utf8(tmp_path):
+    toy_tokenizers.byte_level(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors begin a file
+    assert load_tokenizer(tmp_path) is not None
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (tmp_path / name).write_bytes(b"\xff")
+        with pytest.raises(StoreError, match=f"{name} is not (UTF-8|JSON)"):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+
+
 def test_strftime_now(tmp_path):
     tokenizer = template(tmp_path, "{{ strftime_now('%Y') }}")
     assert tokenizer.decode(tokenizer.apply_chat_template(CHAT)) == str(datetime.now().year)

@@ -92,6 +92,8 @@ class Fields:
         value = self._get(name, default, expected)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
+        if type(value) is int and value >= _TOO_LARGE:
+            expected += f" below {_TOO_LARGE}"
         if type(value) is not int or not minimum <= value < _TOO_LARGE:
             raise self.bad(name, expected)
         return value

@@ -1,6 +1,7 @@
 """The files that travel with the weights: tokenizer, generation config and chat template.
 
-Whatever is wrong with them is a warning: without a tokenizer a checkpoint works with token ids.
+Whatever is wrong with them is a warning, and a file that cannot be read stays behind: without a
+tokenizer a checkpoint works with token ids.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+# Those that are read when an engine runs, and what they may hold.
+_JSON: dict[str, tuple[type, ...]] = {
+    "tokenizer_config.json": (dict,),
+    "generation_config.json": (dict,),
+    "chat_template.json": (dict, list, str),
+}
 _IDS_ONLY = "the checkpoint will work with token ids only"
 
 
@@ -37,11 +44,16 @@ def copy_tokenizer(source: Path, destination: Path, warn: Warn, where: str = "")
     files: dict[str, bytes] = {}
     for name in FILES:
         try:
-            files[name] = (source / name).read_bytes()
+            data = (source / name).read_bytes()
         except FileNotFoundError:
             continue
         except OSError as error:
             warn(f"{name} of {where} cannot be read ({error.strerror}) and is left out")
+            continue
+        if problem := _problem(name, data):
+            warn(f"{name} of {where} {problem} and is left out")
+            continue
+        files[name] = data
     names = list(files)
     if not names:
         warn(f"there is no tokenizer in {where}: {_IDS_ONLY}")
@@ -53,8 +65,24 @@ def copy_tokenizer(source: Path, destination: Path, warn: Warn, where: str = "")
     if TOKENIZER_JSON not in names and not _make_tokenizer_json(destination, names, warn):
         return names
     if problem := _load_problem(path):
+        path.unlink()
         warn(f"{TOKENIZER_JSON} of {where} cannot be loaded ({problem}): {_IDS_ONLY}")
+        return [name for name in names if name != TOKENIZER_JSON]
     return names if TOKENIZER_JSON in names else [TOKENIZER_JSON, *names]
+
+
+def _problem(name: str, data: bytes) -> str | None:
+    """Why the file would be refused when an engine runs, if so."""
+    try:
+        if name == "chat_template.jinja":
+            data.decode()
+        elif name in _JSON and not isinstance(json.loads(data), _JSON[name]):
+            return "is not a JSON object"
+    except UnicodeDecodeError:
+        return "is not UTF-8"
+    except (ValueError, RecursionError) as error:
+        return f"is not valid JSON ({error})"
+    return None
 
 
 def _make_tokenizer_json(directory: Path, names: list[str], warn: Warn) -> bool:
@@ -131,7 +159,7 @@ def _load_problem(path: Path) -> str | None:
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_file(str(path))
+        Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises plain Exception
         return _first_line(error)
     return None

@@ -39,7 +39,7 @@ def command(engine: Path | None, config_file: Path | None, **options: Any) -> in
     from llmforge.cli.stages import open_engine
     from llmforge.runtime.bench import check_bench
 
-    opened = open_engine(engine, project.engine, config_file)
+    opened = open_engine(engine, project.engine, config_file, "bench")
     check_bench(settings, opened.limits)
     report_file = None if settings.json is None else Path(settings.json)
     if report_file is not None and is_speaker():

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llmforge.cli.launch import current_job, is_speaker
+from llmforge.cli.streams import takes_all_characters
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -29,8 +30,13 @@ def status(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON for stdout, readable where its encoding allows."""
+    return json.dumps(value, indent=indent, ensure_ascii=not takes_all_characters())
+
+
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    print(json_text(value, indent=2), flush=True)
 
 
 def print_table(

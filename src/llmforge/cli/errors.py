@@ -10,6 +10,7 @@ only another rank meets is reported by that one, as ``error: rank 1: ...``. Eith
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -22,12 +23,18 @@ import click
 from llmforge.cli.launch import current_job, is_speaker
 from llmforge.errors import LlmforgeError
 
+# What writing to stdout fails with, where it is a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 TRACEBACK_VARIABLE = "LLMFORGE_TRACEBACK"
 # How long a rank other than 0 waits with its error, in seconds: if rank 0 meets the same one, it
 # ends the job meanwhile. The ranks after it wait a little longer each, for the same reason.
 _GRACE = 1.0
 _GRACE_BETWEEN_RANKS = 0.2
 _LONGEST_GRACE = 3.0
+
+
+class NoReader(Exception):
+    """Whoever read our output has enough of it (`llmforge run ... | head`)."""
 
 
 def guard(action: Callable[[], Any]) -> int:
@@ -40,7 +47,7 @@ def guard(action: Callable[[], Any]) -> int:
         result = action()
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:
+    except (BrokenPipeError, NoReader):
         return _end(_broken_pipe())
     except (KeyboardInterrupt, click.Abort):
         return _end(_say("interrupted", 128 + signal.SIGINT))
@@ -63,6 +70,8 @@ def describe(error: Exception) -> tuple[str, int]:
         ctx = getattr(error, "ctx", None)
         hint = f" (see: {ctx.command_path} --help)" if ctx is not None else ""
         return f"error: {_one_line(error.format_message())}{hint}", error.exit_code
+    if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+        return f"error: cannot write the output: {error.strerror}", 1
     if type(error).__module__.startswith("mpi4py"):
         return f"error: communication between the ranks failed: {_one_line(str(error))}", 1
     hint = "" if _wants_traceback() else f" ({TRACEBACK_VARIABLE}=1 shows the traceback)"
@@ -106,8 +115,7 @@ def _end(code: int) -> int:
 
 
 def _broken_pipe() -> int:
-    """Whoever read our output has enough of it (`llmforge run ... | head`): that is no error of
-    ours to report, but the status tells that not everything was written."""
+    """That is no error of ours to report, but the status tells that not everything was written."""
     # Python flushes stdout again on exit: without a reader it would complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from llmforge.engine.store import Engine
     from llmforge.model.graph import Graph, Node, Parameter
 
-# The graph that a target's `compile` leaves in a rank's directory.
-
 
 @click.command("inspect")
 @click.argument("path", type=PATH, metavar="CKPT|ENGINE")

@@ -10,9 +10,10 @@ import importlib
 import click
 
 from llmforge import __version__
-from llmforge.cli.errors import guard
+from llmforge.cli.errors import NoReader, guard
 from llmforge.cli.interrupts import spare_imports
 from llmforge.cli.launch import is_speaker
+from llmforge.cli.streams import prepare
 
 # The subcommands and their short helps, here because asking the modules would import them all.
 COMMANDS = {
@@ -40,6 +41,12 @@ class LazyGroup(click.Group):
         command: click.Command = importlib.import_module(f"llmforge.cli.{cmd_name}").command
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise NoReader from error  # click would end with status 1
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -56,5 +63,6 @@ def cli(ctx: click.Context) -> None:
 
 def main() -> None:
     """The entry point: runs the command line and exits with its status."""
+    prepare()
     spare_imports()
     raise SystemExit(guard(lambda: cli.main(prog_name="llmforge", standalone_mode=False)))

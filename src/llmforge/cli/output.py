@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Protocol
 
+from llmforge.cli.console import json_text
 from llmforge.runtime.requests import Completion, PromptEntry
 from llmforge.settings import RunSettings
 
@@ -51,7 +51,7 @@ class JsonPrinter:
             self._next += 1
 
     def _print(self, completion: Completion) -> None:
-        _write(json.dumps(completion.to_json(), ensure_ascii=False) + "\n")
+        _write(json_text(completion.to_json()) + "\n")
 
 
 class TextPrinter:

@@ -38,7 +38,7 @@ def command(engine: Path | None, config_file: Path | None, **options: Any) -> in
     from llmforge.cli.ranks import run_ranks
     from llmforge.cli.stages import open_engine
 
-    opened = open_engine(engine, project.engine, config_file)
+    opened = open_engine(engine, project.engine, config_file, "run")
     is_rank = current_job() is not None
     # A mistake in the prompts is found before ranks are started. Where they are started already,
     # rank 0 reads the prompts once all have met in MPI: only then can it end the others for sure.

@@ -29,12 +29,14 @@ def previous_stage(directory: Path, kind: str, config_file: Path | None) -> None
         )
 
 
-def open_engine(path: Path | None, default: Path | None, config_file: Path | None) -> Engine:
-    """The engine that a command line or a settings file names."""
+def open_engine(
+    path: Path | None, default: Path | None, config_file: Path | None, command: str
+) -> Engine:
+    """The engine that the line of a command, or a settings file, names."""
     from llmforge.cli.options import pick
     from llmforge.engine.store import Engine
 
-    directory = pick(path, default, "ENGINE", "run")
+    directory = pick(path, default, "ENGINE", command)
     if path is None:
         previous_stage(directory, "engine", config_file)
     return Engine.open(directory)

@@ -26,18 +26,22 @@ def find_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str |
     else `chat_template` of tokenizer_config.json. Of several named ones, "default"."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise StoreError(f"{path} is not UTF-8 ({error}); convert the model again") from error
     found = tokenizer_config.get("chat_template")
     path = directory / "chat_template.json"
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_bytes())
         except ValueError as error:
             raise StoreError(f"{path} is not JSON ({error}); convert the model again") from error
         found = found.get("chat_template") if isinstance(found, dict) else found
     if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        return named.get("default", next(iter(named.values()), None))
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
+        found = named.get("default", next(iter(named.values()), None))
     return found if isinstance(found, str) else None
 
 

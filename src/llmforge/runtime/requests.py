@@ -134,18 +134,20 @@ def resolve(
     """
 
     def value(name: str) -> Any:
-        if name in entry.fields:
-            return entry.fields[name]
-        given = getattr(settings, name)
-        return defaults.get(name) if given is None else given
+        return entry.fields.get(name, getattr(settings, name))
 
     sampling = {name: found for name in SAMPLING_FIELDS if (found := value(name)) is not None}
+    fallback = {name: defaults[name] for name in defaults if name in SAMPLING_FIELDS}
     eos = defaults.get("eos_token_ids") or tuple(eos_token_ids)
     if not eos and tokenizer is not None and tokenizer.eos_token_id is not None:
         eos = (tokenizer.eos_token_id,)
     try:
-        # Checked again here: defaults come from a model's file, settings may come from a caller.
+        # Checked again here: settings may come from a caller.
         sampling = {name: _check_number(name, found) for name, found in sampling.items()}
+        sampling = {
+            **{n: _check_default(n, v) for n, v in fallback.items() if n not in sampling},
+            **sampling,
+        }
         stop = _check_stop(value("stop"))
         if stop and tokenizer is None:
             raise RequestError(_needs_tokenizer("stop strings"))
@@ -288,6 +290,17 @@ def _check_number(name: str, value: Any) -> Any:
     if value > maximum:
         raise RequestError(f"{name} is {value}; it must be at most {maximum}")
     return value if whole else float(value)
+
+
+def _check_default(name: str, value: Any) -> Any:
+    """A number of the model's generation config."""
+    try:
+        return _check_number(name, value)
+    except RequestError as error:
+        raise RequestError(
+            f"{error}; the model's generation_config.json has it: give another, with the prompt or "
+            f"with --{name.replace('_', '-')}"
+        ) from error
 
 
 def _check_stop(value: Any) -> tuple[str, ...]:

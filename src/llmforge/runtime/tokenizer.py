@@ -25,7 +25,7 @@ class Tokenizer:
     def __init__(self, directory: Path) -> None:
         path = directory / "tokenizer.json"
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise StoreError(
                 f"{path} is not a tokenizer ({error}); convert the model again"
@@ -121,7 +121,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
     except ValueError as error:
         raise StoreError(f"{path} is not JSON ({error}); convert the model again") from error
     if not isinstance(value, dict):

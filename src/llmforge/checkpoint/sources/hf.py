@@ -35,6 +35,7 @@ WEIGHT_FILES = (
 _TORCH = (".bin", ".pt", ".pth")
 # What training leaves beside the weights.
 _TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
+_PART = re.compile(r"-\d+-of-\d+\.(safetensors|bin)$")
 _FOREIGN = {".gguf": "GGUF", ".onnx": "ONNX", ".h5": "TensorFlow", ".msgpack": "Flax"}
 
 
@@ -136,6 +137,7 @@ def _check_directory(directory: Path) -> None:
         raise SourceError(f"{directory} is a llmforge checkpoint already; llmforge build takes it")
     if CONFIG not in names:
         raise SourceError(f"{directory} has no config.json; {_supported(names)}")
+    _check_links(directory, [CONFIG])
 
 
 def _supported(names: list[str]) -> str:
@@ -147,6 +149,27 @@ def _supported(names: list[str]) -> str:
         f"{but}a model directory holds config.json and one of {usual}, or one .pt or .pth file; "
         "also read are NeMo's, TensorRT-LLM's and Meta's files (see docs/sources.md)"
     )
+
+
+def _check_links(directory: Path, names: list[str]) -> None:
+    """Raises SourceError where names are links that lead nowhere, as in a cache whose files were
+    removed, or that was copied without them."""
+    if broken := [name for name in names if not (directory / name).exists()]:
+        raise SourceError(
+            f"{directory} has links that lead nowhere: {listed(broken)}; download the model again, "
+            "or copy it with what its links point to (cp -rL)"
+        )
+
+
+def _check_parts(directory: Path, names: list[str]) -> None:
+    """Raises SourceError where there are parts of weights, but not the index of them."""
+    parts = [name for name in names if _PART.search(name)]
+    if parts:
+        index = WEIGHT_FILES[1 if parts[0].endswith(".safetensors") else 3]
+        raise SourceError(
+            f"{directory} has parts of the weights ({listed(parts)}) without their index, {index}; "
+            "download the model again"
+        )
 
 
 def has_weights(directory: Path) -> bool:
@@ -161,6 +184,8 @@ def _weights_name(directory: Path) -> str | None:
     usual = [name for name in WEIGHT_FILES if name in names]
     indexes = [name for name in names if name.endswith(".index.json")]
     others = [n for n in names if n.endswith(_TORCH) and not _TRAINING.fullmatch(n)]
+    if not usual and not indexes:
+        _check_parts(directory, names)
     for found in (usual[:1], indexes, others):
         if len(found) > 1:
             raise SourceError(
@@ -177,6 +202,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     name = _weights_name(directory)
     if name is None:
         names = sorted(path.name for path in directory.iterdir())
+        _check_links(directory, names)
         raise SourceError(f"{directory} has no weights; {_supported(names)}")
     path = directory / name
     if not name.endswith(".index.json"):
