@@ -47,8 +47,8 @@ LEVELS = ("0", "1", "2", "3")
 # The mixtures of the parity cases that differ in how they choose or compute experts.
 MIXTURES = ("olmoe", "mixtral", "qwen2-moe", "deepseek-v2", "deepseek-v3", "gpt-oss", "dbrx",
             "granitemoe", "glm4-moe", "qwen3-moe")  # fmt: skip
-SPEEDS = (parts.DEFAULT,)
-SPEED_CORES = 8
+# Options of the 1B's build, and the engines that it then has, each of which takes a core.
+SPEEDS = {"--weights-apart": 3, parts.DEFAULT: 8}
 
 
 # -- prepare ---------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def all_jobs(tiny: list[str]) -> list[Job]:
     mixtures = [name for name in MIXTURES if name in tiny]
     first, others = mixtures[:2], mixtures[2:]
     return [
-        *(Job("speed", name, SPEED_CORES, 600) for name in SPEEDS),
+        *(Job("speed", name, engines, 600) for name, engines in SPEEDS.items()),
         Job("example", "float32", 1, 150),
         *(Job("ranks", layout, 2, 150) for layout in LAYOUTS),
         *(Job("tiny", name, 1, 150) for name in first[:1]),

@@ -144,6 +144,13 @@ class BuildSettings:
         "cache and rotary embedding.",
         targets=("tensorrt", "tensorrt-rtx"),
     )
+    weights_apart: bool = _option(
+        False,
+        "Leave the weights out of TensorRT's engines and give them as inputs: layers that are "
+        "alike share an engine, which is small and soon built; TensorRT cannot arrange the "
+        "weights for its kernels.",
+        targets=("tensorrt", "tensorrt-rtx"),
+    )
     timing_cache: str | None = _option(
         None,
         "File in which TensorRT keeps what it measured of kernels from build to build; TensorRT 8 "

@@ -105,7 +105,7 @@ class EmulatedBuilder:
 
     def build_serialized_network(self, network: Any, config: Any) -> HostMemory:
         program = read(published.bare(network), tensorrt_rtx)
-        names = {value.name for value in program.inputs}
+        names = {value.name for value in program.inputs if -1 in value.shape}
         for profile in config.profiles:
             if missing := names - set(profile):
                 raise EmulationError(f"a profile has no shapes of {sorted(missing)}")
@@ -207,6 +207,7 @@ class EmulatedEngine:
         program = blueprint.program
         self.values: dict[str, Value] = {v.name: v for v in (*program.inputs, *program.outputs)}
         self.inputs = {value.name for value in program.inputs}
+        self.fixed = {v.name: v.shape for v in program.inputs if -1 not in v.shape}
 
     @property
     def num_optimization_profiles(self) -> int:
@@ -345,7 +346,8 @@ class EmulatedContext:
         device = self._device(stream)
         if not self._has_memory:
             raise EmulationError("the context has no activation memory")
-        if missing := [n for n in self.engine.inputs if n not in self._shapes]:
+        shapes = {**self.engine.fixed, **self._shapes}
+        if missing := [n for n in self.engine.inputs if n not in shapes]:
             raise EmulationError(f"the shapes of {missing} are not set")
         if missing := [n for n in self.engine.values if n not in self._addresses]:
             raise EmulationError(f"the addresses of {missing} are not set")
@@ -355,7 +357,7 @@ class EmulatedContext:
                 raise EmulationError(f"{output} is not in the memory of {source}")
         if program.collectives and self._group is None:
             raise EmulationError("an engine with collectives runs without a communicator")
-        shapes, addresses = dict(self._shapes), dict(self._addresses)
+        addresses = dict(self._addresses)
         interpreter = Interpreter(program, self._group)
         # Memory is looked up now: what is not device memory fails where it was given.
         inputs = {

@@ -19,6 +19,7 @@ from llmforge.engine.tensorrt.io import (
     PROMPT_LENS,
     TOKEN_IDS,
     engine_shape,
+    weight_input,
 )
 from llmforge.engine.tensorrt.plan import CachePlan, RankPlan, Step
 from llmforge.model.reference import DTYPES, REFERENCE, Context
@@ -37,12 +38,18 @@ class NetworkRank:
         programs: Mapping[str, Program],
         comm: Comm | None = None,
         group: Comm | None = None,
+        weights: bytes = b"",
     ) -> None:
         self.plan = plan
         self._context = Context(comm or LocalComm(), group or LocalComm(), {})
         self._interpreters = {
             file: Interpreter(program, group) for file, program in programs.items()
         }
+        self._weights = {
+            weight.name: weights[weight.offset : weight.offset + weight.nbytes]
+            for weight in plan.weights
+        }
+        self._programs = programs
         rng = torch.Generator().manual_seed(3)
         self.caches = {
             cache.name: self._new_cache(cache).uniform_(-GARBAGE, GARBAGE, generator=rng)
@@ -69,7 +76,7 @@ class NetworkRank:
                     if (found := given.get(name, hidden.get(name))) is not None
                     or name in self.caches
                 }
-                outputs = self._interpreters[step.file].run(values)
+                outputs = self._run(step, values)
                 assert set(outputs) == set(step.outputs), "the plan's outputs are the network's"
                 for cache in self.plan.caches:
                     if not self.plan.native_cache and cache.output in outputs:
@@ -78,6 +85,20 @@ class NetworkRank:
             for cache, new in fresh:  # as the kernel does, once the engines have run
                 self._write(self.caches[cache.name][rows], new, inputs[PAST_LENS])
         return hidden[self.plan.logits] if self.plan.logits is not None else None
+
+    def _run(self, step: Step, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its engine, which may have names of its own."""
+        names = (*step.inputs, *step.outputs)
+        local = dict(zip(names, step.local or names, strict=True))
+        given = {local[name]: value for name, value in values.items()}
+        declared = {value.name: value for value in self._programs[step.file].inputs}
+        for index, name in enumerate(step.weights):
+            weight = declared[weight_input(index)]
+            flat = torch.frombuffer(bytearray(self._weights[name]), dtype=weight.dtype)
+            given[weight.name] = flat.view(weight.shape)
+        found = self._interpreters[step.file].run(given)
+        back = {local[name]: name for name in step.outputs}
+        return {back[name]: value for name, value in found.items()}
 
     def _new_cache(self, cache: CachePlan) -> Tensor:
         shape = (self.plan.slots, cache.heads, self.plan.capacity, cache.size)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from llmforge.engine.step import Limits
 from llmforge.engine.tensorrt.lowering.rank import RankLowering
 from llmforge.engine.tensorrt.package import Features, Package
 from llmforge.engine.tensorrt.plan import RankPlan
+from llmforge.engine.tensorrt.weight_file import WeightFile
 from llmforge.model.decoder import trace
 from llmforge.model.passes import Pass, apply
 from llmforge.parallel import Topology
@@ -48,6 +51,7 @@ class Lowered:
 
     plan: RankPlan
     programs: dict[str, Program]
+    weights: bytes
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,20 @@ class FewLayers(Features):
         return self.layers
 
 
+class HeldFile:
+    """A WrittenFile in memory."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def write(self, data: memoryview) -> None:
+        self.data += data
+
+
 def lower(
     checkpoint: MemoryCheckpoint,
     *,
@@ -68,22 +86,34 @@ def lower(
     topology: Topology = ONE,
     passes: tuple[Pass, ...] = (),
     layers: int | None = None,
+    apart: bool = False,
+    features: Mapping[str, bool] = MappingProxyType({}),
 ) -> list[Lowered]:
     """Every rank's networks. The target lowers graphs as they are traced; `passes` are applied
-    first where rows are to be seen that it has besides. layers: the most of an engine."""
+    first where rows are to be seen that it has besides. layers: the most of an engine. apart:
+    weights are inputs. features: what the package has or lacks, other than it does."""
     lowered = []
     for rank in range(topology.world_size):
         graph = apply(trace(checkpoint.config, topology, rank), passes)
         weights = checkpoint.of_rank(topology, rank)
         package = Package("tensorrt-rtx", tensorrt_rtx)
+        package.features = replace(package.features, **features)
         if layers is not None:
             package.features = FewLayers(**asdict(package.features), layers=layers)
-        lowering = RankLowering(graph, LIMITS, weights, package, primitives=primitives)
+        file = HeldFile()
+        lowering = RankLowering(
+            graph,
+            LIMITS,
+            weights,
+            package,
+            primitives=primitives,
+            apart=WeightFile(file) if apart else None,  # type: ignore[arg-type]
+        )
         programs = {
             engine.step.file: read(engine.network.network, tensorrt_rtx)
             for engine in lowering.engines()
         }
-        lowered.append(Lowered(lowering.plan((), ""), programs))
+        lowered.append(Lowered(lowering.plan((), ""), programs, bytes(file.data)))
     return lowered
 
 
@@ -107,7 +137,7 @@ def network_logits(
     def work(comm: Comm) -> list[torch.Tensor]:
         mine = lowered[comm.rank]
         group = comm.split(topology.stage(comm.rank)) if topology.tensor_parallel > 1 else None
-        rank = NetworkRank(mine.plan, mine.programs, comm, group)
+        rank = NetworkRank(mine.plan, mine.programs, comm, group, mine.weights)
         return [_call(rank, tokens, chunks) for chunks in SCRIPT]  # type: ignore[misc]
 
     return run_ranks(topology.world_size, work)[0]

@@ -109,7 +109,7 @@ class Class:
 
 
 _numbers: dict[tuple[str, str], int] = {}
-_next = itertools.count(20)
+_next = itertools.count(10_000)  # beyond any index or flag
 
 
 def _number(cls: str, name: str) -> int:

@@ -88,9 +88,11 @@ def texts(capsys: pytest.CaptureFixture[str], engine: object) -> list[Any]:
     return sorted((line["index"], line["text"], line["token_ids"]) for line in lines)
 
 
+@pytest.mark.parametrize("apart", [(), ("--weights-apart",)], ids=["inside", "apart"])
 @pytest.mark.parametrize("version", [None, "8.6"], ids=["rtx", "8.6"])
 def test_build_and_run_give_the_texts_of_the_cpu_target(
     version: str | None,
+    apart: tuple[str, ...],
     here: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -102,8 +104,9 @@ def test_build_and_run_give_the_texts_of_the_cpu_target(
     engine = tmp_path / "engine"
     own = () if version else ("--arch", "sm_89")
     built = ("build", "checkpoint", "-o", engine, "--target", rig.name, *own, *LIMITS)
-    assert llmforge(*built) == 0
+    assert llmforge(*built, *apart) == 0
     assert texts(capsys, engine) == expected
+    assert bool(apart) == (engine / "rank0" / "weights.bin").exists()
     assert rig.devices and rig.memory.allocated == 0
     assert llmforge("bench", engine, "--input-len", 4, "--output-len", 3, "--repeat", 1) == 0
     assert llmforge("inspect", engine) == 0
@@ -216,6 +219,18 @@ def test_a_plan_that_is_corrupt(
 ) -> None:
     rewrite(tmp_path / "engine", tmp_path / "engine" / "rank0" / "plan.json", data)
     assert "plan.json is corrupt" in refusal(capsys, tmp_path / "engine")
+
+
+def test_weights_that_are_cut_off(
+    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = ("build", "checkpoint", "-o", tmp_path / "apart", "--target", rig.name)
+    assert llmforge(*built, "--arch", "sm_89", "--weights-apart", *LIMITS) == 0
+    capsys.readouterr()
+    file = tmp_path / "apart" / "rank0" / "weights.bin"
+    rewrite(tmp_path / "apart", file, file.read_bytes()[:-1])
+    said = refusal(capsys, tmp_path / "apart")
+    assert "weights.bin cannot be read" in said and "llmforge build" in said
 
 
 def test_kernels_that_are_missing(

@@ -28,12 +28,19 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def built(
-    name: str, dtype: str, topology: Topology, directory: Path, *, primitives: bool
+    name: str,
+    dtype: str,
+    topology: Topology,
+    directory: Path,
+    *,
+    primitives: bool,
+    weights_apart: bool = False,
 ) -> list[Path]:
     """The engines of the last rank, which has a head, a part of the vocabulary and every layer."""
     checkpoint = MemoryCheckpoint(config_of(name, dtype))
     rank = topology.world_size - 1
-    target = TensorRTTarget("tensorrt-rtx", BuildOptions(archs=ARCHS, primitives=primitives))
+    options = BuildOptions(archs=ARCHS, primitives=primitives, weights_apart=weights_apart)
+    target = TensorRTTarget("tensorrt-rtx", options)
     graph = target.prepare(trace(checkpoint.config, topology, rank))
     target.compile(graph, checkpoint.of_rank(topology, rank), LIMITS, directory)
     steps = RankPlan.read(directory).steps
@@ -53,6 +60,15 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_of_the_table_is_built(name: str, primitives: bool, tmp_path: Path) -> None:
     assert built(name, "float16", ONE, tmp_path, primitives=primitives)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_weights_as_inputs(name: str, tmp_path: Path) -> None:
+    for dtype, primitives in (("bfloat16", False), ("float16", True)):
+        directory = tmp_path / dtype
+        directory.mkdir()
+        made = built(name, dtype, ONE, directory, primitives=primitives, weights_apart=True)
+        assert made and (directory / "weights.bin").stat().st_size
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

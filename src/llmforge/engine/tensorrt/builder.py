@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmforge.checksum import new_checksum
 from llmforge.engine.target import Weights
 from llmforge.engine.tensorrt.cache_file import cache_path, replace_file
 from llmforge.engine.tensorrt.io import Profile
 from llmforge.engine.tensorrt.lowering.rank import Engine
 from llmforge.engine.tensorrt.package import Package
+from llmforge.engine.tensorrt.written_file import WrittenFile
 from llmforge.errors import BuildError
 
 _RELEASE_SECONDS = 0.1
@@ -33,6 +32,7 @@ class BuildOptions:
     optimization_level: int | None = None
     primitives: bool = False
     timing_cache: Path | None = None
+    weights_apart: bool = False
 
 
 def build_engine(
@@ -61,7 +61,7 @@ def build_engine(
     if monitor is not None:
         config.progress_monitor = monitor
     cache = _load_timing_cache(package, config, options.timing_cache)
-    with _EngineFile(path) as file, _repeatedly(weights.release):
+    with WrittenFile(path) as file, _repeatedly(weights.release):
         built = package.build(builder, network, config, file.write)
         package.messages.check(f"{path.name} cannot be built")
         if not built:
@@ -95,35 +95,9 @@ def _repeatedly(function: Callable[[], None]) -> Iterator[None]:
 def _add_profile(builder: Any, config: Any, engine: Engine, profile: Profile) -> None:
     added = builder.create_optimization_profile()
     for name, shape in engine.shapes.items():
-        added.set_shape(name, *profile.shapes(shape))
+        if any(isinstance(size, str) for size in shape):
+            added.set_shape(name, *profile.shapes(shape))
     config.add_optimization_profile(added)
-
-
-class _EngineFile:
-    """A file written in pieces, with its checksum."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._size = 0
-        self._digest = new_checksum()
-
-    def __enter__(self) -> _EngineFile:
-        self._file = open(self._path, "xb", buffering=0)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def write(self, data: memoryview) -> None:
-        self._digest.update(data)
-        while data:
-            count = self._file.write(data)
-            start, self._size = self._size, self._size + count
-            os.posix_fadvise(self._file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
-            data = data[count:]
-
-    def finish(self) -> tuple[int, str]:
-        return self._size, self._digest.hexdigest()
 
 
 def _monitor(package: Package, report: Fraction) -> Any:

@@ -23,6 +23,7 @@ from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.plan import KERNELS, RankPlan
 from llmforge.engine.tensorrt.rank import Rank
 from llmforge.engine.tensorrt.runner import HostSide, Runner
+from llmforge.engine.tensorrt.weight_file import upload_weights
 from llmforge.errors import StoreError, TargetError
 from llmforge.kernels.collectives import GROUP_SLOT, MAIL_SLOT, TENSOR_RANK
 from llmforge.kernels.driver import Sizes
@@ -52,11 +53,8 @@ class TensorRTExecutable:
         check_runnable(plan, package, device)
         _load_kernels(plan, directory, device)
         runtime = package.runtime()
-        engines = {
-            step.file: _deserialize(runtime, directory / step.file, package)
-            for step in plan.steps
-            if step.kind == "engine"
-        }
+        files = dict.fromkeys(step.file for step in plan.steps if step.kind == "engine")
+        engines = {file: _deserialize(runtime, directory / file, package) for file in files}
         self._sizes = Sizes((*SIZES, TENSOR_RANK, GROUP_SLOT, MAIL_SLOT))
         self._regions = shared_regions(plan, topology, comm, device, self._sizes)
         self._communicator = communicator(plan, topology, comm, device)
@@ -70,6 +68,7 @@ class TensorRTExecutable:
             draws=comm.rank == 0,
             regions=self._regions,
             communicator=self._communicator.address if self._communicator else None,
+            weights=upload_weights(plan, directory, device),
         )
         self._prefill = Runner(self._rank)
         self._prefill_hosts: list[HostSide] = []

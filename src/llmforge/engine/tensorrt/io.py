@@ -14,7 +14,8 @@ All int32. A cache is [B, heads, capacity, size], and all of it holds finite num
 first): what lies beyond a sequence's end is masked, but is multiplied by zero. With native layers
 its updated form, NAME.out, is the same memory; with primitives NAME.new [B, heads, S, size] is what
 the runtime has to write into it. Hidden states have the names of the graph's tensors: [tokens, F]
-is [B, S, F] here, [rows, F] is [R, F].
+is [B, S, F] here, [rows, F] is [R, F]. Weights that are not in the engine are inputs weight.0,
+weight.1, …
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ STEP_SHAPES: Mapping[str, Shape] = {
     PROMPT_LENS: ("B",),
     LOGIT_ROWS: ("R",),
 }
+
+
+def weight_input(index: int) -> str:
+    """What an engine calls its input number `index` that is a weight."""
+    return f"weight.{index}"
+
 
 _DIMENSIONS: Mapping[str, Shape] = {"tokens": ("B", "S"), "rows": ("R",)}
 

@@ -33,10 +33,21 @@ class CachePlan:
 
 
 @dataclass(frozen=True)
+class WeightPlan:
+    """Weights that engines take as an input, and where in the rank's file of them they lie."""
+
+    name: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One thing to do in a call. Kinds, with the fields that they have:
 
-    engine      file, inputs, outputs: run the engine; caches are among inputs and outputs
+    engine      file, inputs, outputs: run the engine; caches are among inputs and outputs.
+                local: what the engine itself calls its inputs and then its outputs; empty: the
+                same. weights: what its inputs weight.0, weight.1, … (io.py) take
     all_reduce  x, out, ranks: the sum over that many tensor-parallel ranks
     all_gather  x, out, size, ranks: the ranks' x side by side in the last dimension, its first
                 `size` elements
@@ -48,6 +59,8 @@ class Step:
     file: str = ""
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
     x: str = ""
     out: str = ""
     size: int = 0
@@ -66,7 +79,8 @@ class RankPlan:
     inputs: the step's inputs that any engine reads. tensors: by name, the hidden states that
     stand at the edge of an engine or are exchanged; shapes are the graph's ("tokens", "rows").
     logits: the tensor [rows, vocab] float32 to draw from; None where the rank has none.
-    profiles: prefill, decode. kernels: of ours, as write_images tells.
+    profiles: prefill, decode. kernels: of ours, as write_images tells. weights: those that are
+    inputs, in the order of their file; none: all are in the engines.
     """
 
     package: str
@@ -86,6 +100,7 @@ class RankPlan:
     tensors: Mapping[str, Tensor]
     logits: str | None
     kernels: Mapping[str, Mapping[str, str]]
+    weights: tuple[WeightPlan, ...] = ()
 
     @property
     def prefill_batch(self) -> int:
@@ -108,6 +123,7 @@ class RankPlan:
             for profile in values["profiles"]
         )
         values["caches"] = tuple(CachePlan(**cache) for cache in values["caches"])
+        values["weights"] = tuple(WeightPlan(**weight) for weight in values["weights"])
         values["steps"] = tuple(Step(**_with_tuples(step)) for step in values["steps"])
         values["tensors"] = {
             name: Tensor(name, tuple(shape), dtype)

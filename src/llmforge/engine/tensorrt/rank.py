@@ -30,14 +30,17 @@ class Rank:
         draws: bool,
         regions: SharedRegions | None,
         communicator: int | None,
+        weights: Mapping[str, int],
     ) -> None:
         """engines: by file. draws: whether this rank draws tokens. regions: the memory in which it
-        meets other ranks. communicator: NCCL's, for collectives inside engines."""
+        meets other ranks. communicator: NCCL's, for collectives inside engines. weights: the
+        addresses of those that are inputs."""
         self.plan, self.limits, self.package, self.device = plan, limits, package, device
         self.sizes, self.draws = sizes, draws
         self.memory = Memory(plan, limits, device)
         self._engines = engines
         self._regions = regions
+        self._weights = weights
         self._communicator = communicator
         self._cache = None
         if package.features.runtime_cache:
@@ -65,6 +68,8 @@ class Rank:
 
     def address(self, name: str) -> int:
         """Of a buffer that all calls share."""
+        if name in self._weights:
+            return self._weights[name]
         if self._regions is not None and not self.memory.knows(name):
             return self._regions.addresses[name]
         return self.memory.address(name)

@@ -5,7 +5,7 @@ waiting for it; decode runners have that recorded as a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from llmforge.engine.tensorrt.io import (
     STEP_SHAPES,
     TOKEN_IDS,
     engine_shape,
+    weight_input,
 )
 from llmforge.engine.tensorrt.kernels import (
     DRAWN,
@@ -73,6 +74,21 @@ class HostSide:
         return self.drawn[:rows], largest[:rows]
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """An engine's context. local: what the engine calls its inputs and outputs."""
+
+    context: Any
+    inputs: tuple[str, ...]
+    local: Mapping[str, str]
+
+    def set_address(self, name: str, address: int) -> None:
+        _accepted(self.context.set_tensor_address(self.local[name], address), name)
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        _accepted(self.context.set_input_shape(self.local[name], shape), name)
+
+
 class Runner:
     """Calls of a profile. `batch`: only calls of this many rows (a decode bucket); None: any."""
 
@@ -83,7 +99,7 @@ class Runner:
         self._layout = Layout.of(plan.profiles[self._profile])
         self._inputs = device.allocate(self._layout.nbytes)
         self._replay: Action | None = None
-        self._contexts: list[tuple[Any, tuple[str, ...]]] = []
+        self._contexts: list[_Bound] = []
         self._actions = [self._action(step) for step in plan.steps]
         self._actions += [self._bound(launch) for launch in cache_launches(plan)]
         launch = sample_launch(plan) if rank.draws else None
@@ -147,9 +163,13 @@ class Runner:
             return self._bound(exchange(rank.plan, step, sizes).launch)
         context = rank.context(step.file, self._profile)
         names = (*step.inputs, *step.outputs)
-        self._contexts.append((context, step.inputs))
+        bound = _Bound(context, step.inputs, dict(zip(names, step.local or names, strict=True)))
+        self._contexts.append(bound)
         for name in names:
-            _accepted(context.set_tensor_address(name, self._address(name)), name)
+            bound.set_address(name, self._address(name))
+        for index, name in enumerate(step.weights):
+            local = weight_input(index)
+            _accepted(context.set_tensor_address(local, rank.address(name)), name)
         stream, messages = rank.device.stream, rank.package.messages
 
         def enqueue() -> None:
@@ -170,23 +190,23 @@ class Runner:
         plan = self._rank.plan
         sizes = {"B": batch, "S": tokens, "R": rows}
         caches = {c.name: ("B", c.heads, plan.capacity, c.size) for c in plan.caches}
-        for context, names in self._contexts:
-            for name in names:
+        for bound in self._contexts:
+            for name in bound.inputs:
                 shape = STEP_SHAPES.get(name) or caches.get(name)
                 shape = shape or engine_shape(plan.tensors[name])
                 concrete = tuple(sizes[d] if isinstance(d, str) else d for d in shape)
-                _accepted(context.set_input_shape(name, concrete), name)
+                bound.set_shape(name, concrete)
 
     def _set_slot(self, slot: int) -> None:
         """Have the engines see the caches from this slot on."""
         plan, memory = self._rank.plan, self._rank.memory
         for cache in plan.caches:
             address = memory.address(cache.name) + slot * memory.slot_bytes[cache.name]
-            bound = (cache.name, cache.output) if plan.native_cache else (cache.name,)
-            for context, names in self._contexts:
-                if cache.name in names:
-                    for name in bound:
-                        _accepted(context.set_tensor_address(name, address), name)
+            names = (cache.name, cache.output) if plan.native_cache else (cache.name,)
+            for bound in self._contexts:
+                if cache.name in bound.inputs:
+                    for name in names:
+                        bound.set_address(name, address)
 
     def _set_sizes(self, batch: int, tokens: int, rows: int, slot: int) -> None:
         sizes = self._rank.sizes

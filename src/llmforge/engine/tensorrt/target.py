@@ -27,6 +27,8 @@ from llmforge.engine.tensorrt.lowering.rank import Engine, RankLowering, model_d
 from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.plan import KERNELS, PLAN_FILE, RankPlan
 from llmforge.engine.tensorrt.segments import ATTENTION
+from llmforge.engine.tensorrt.weight_file import WEIGHTS_FILE, WeightFile
+from llmforge.engine.tensorrt.written_file import WrittenFile
 from llmforge.errors import BuildError, SettingsError, TargetError
 from llmforge.kernels import compile as compiler
 from llmforge.kernels.images import ARCHS, PTX_ARCH, Index, write_images
@@ -36,9 +38,10 @@ from llmforge.settings import BuildSettings
 
 _INDEX_LIMIT = 2**31 - 1  # elements of a tensor that TensorRT can index
 # The memory that building takes: so many times the weights (TensorRT's copy and what it makes of
-# it; where the engine is not written as a stream, all of that too), and the package itself.
+# it; where the engine is not written as a stream, all of that too; where weights stay apart, hardly
+# more than them), and the package itself.
 # Measured: benchmarks/results/tensorrt_build.json.
-_PEAK_STREAMED, _PEAK_WHOLE, _PEAK_FIXED = 2.0, 3.2, 8 * 10**8
+_PEAK_STREAMED, _PEAK_WHOLE, _PEAK_APART, _PEAK_FIXED = 2.0, 3.2, 1.2, 8 * 10**8
 
 
 class TensorRTTarget:
@@ -82,6 +85,7 @@ class TensorRTTarget:
             workspace_gb=settings.workspace_gb,
             optimization_level=settings.optimization_level,
             primitives=settings.primitives,
+            weights_apart=settings.weights_apart,
             timing_cache=Path(cache) if cache else timing_cache_path(package),
         )
         return TensorRTTarget(self.name, options, package)
@@ -97,6 +101,7 @@ class TensorRTTarget:
             "layers": "primitives" if self._primitives(package) else "native",
             "optimization_level": package.default_optimization_level() if level is None else level,
             "workspace_gb": options.workspace_gb,
+            "weights": "apart" if options.weights_apart else "in the engines",
             "needs": f"{package.name} {package.version} and an NVIDIA GPU: {runs_on}",
         }
 
@@ -128,13 +133,27 @@ class TensorRTTarget:
     def compile_peak(self, plan: MemoryPlan) -> int:
         streamed = self._package().features.stream_writer
         times = _PEAK_STREAMED if streamed else _PEAK_WHOLE
+        if self._options.weights_apart:
+            times = _PEAK_APART
         return int(times * plan.weights) + _PEAK_FIXED
 
     def compile(self, graph: Graph, weights: Weights, limits: Limits, out: Path) -> Checksums:
         package, options = self._package(), self._options
         (out / GRAPH_FILE).write_text(graph.to_json())
-        lowering = RankLowering(graph, limits, weights, package, primitives=options.primitives)
-        dtype = model_dtype(graph)
+
+        def lowering(apart: WeightFile | None) -> RankLowering:
+            only = options.primitives
+            return RankLowering(graph, limits, weights, package, primitives=only, apart=apart)
+
+        if not options.weights_apart:
+            return self._built(lowering(None), out)
+        with WrittenFile(out / WEIGHTS_FILE) as file:
+            checksums = self._built(lowering(WeightFile(file)), out)
+            return {**checksums, WEIGHTS_FILE: file.finish()}
+
+    def _built(self, lowering: RankLowering, out: Path) -> Checksums:
+        """Build the rank's engines, and write its plan and kernels."""
+        package, options, weights = self._package(), self._options, lowering.weights
         checksums: dict[str, tuple[int, str]] = {}
         count = lowering.num_engines
 
@@ -144,9 +163,9 @@ class TensorRTTarget:
             checksums[file] = build_engine(
                 package,
                 engine,
-                profiles(limits),
+                profiles(lowering.limits),
                 options,
-                dtype,
+                model_dtype(lowering.graph),
                 out / file,
                 weights,
                 lambda share: weights.report((len(checksums) + share) / count),

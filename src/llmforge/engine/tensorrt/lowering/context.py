@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmforge.engine.step import Limits
 from llmforge.engine.target import Weights
-from llmforge.engine.tensorrt.io import STEP_SHAPES
+from llmforge.engine.tensorrt.io import STEP_SHAPES, weight_input
 from llmforge.engine.tensorrt.network import Network, Value
 from llmforge.engine.tensorrt.plan import CachePlan
 from llmforge.model.graph import Graph, Node, Parameter, Tensor
@@ -27,12 +27,31 @@ class Rotation:
     dim: int
 
 
+@dataclass(frozen=True)
+class WeightUse:
+    """How a network wants a parameter: see `Lowering.vector`."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    order: tuple[int, ...] | None = None
+
+    def of(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The parameter's values so. Copied only where they have to be."""
+        if self.order is not None:
+            array = array.transpose(self.order)
+        if self.dtype is not None:
+            array = array.astype(self.dtype)
+        return np.ascontiguousarray(array).reshape(self.shape)
+
+
 @dataclass
 class Lowering:
     """One network being written from (a segment of) the prepared graph of a rank.
 
-    graph: the whole rank's. native_cache: whether caches are updated in place. values: what each
-    tensor of the graph has become. caches: those that the network has, in order.
+    graph: the whole rank's, or what concerns the network. native_cache: whether caches are updated
+    in place. values: what each tensor of the graph has become. caches: those that the network has,
+    in order. uses: of the weights that are its inputs, in order; None: weights are constants.
     """
 
     net: Network
@@ -43,6 +62,7 @@ class Lowering:
     values: dict[str, Value | Rotation] = field(default_factory=dict)
     caches: list[CachePlan] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
+    uses: list[WeightUse] | None = None
     node: Node | None = None
     made: dict[Any, Value] = field(default_factory=dict)  # what several nodes share, by key
 
@@ -67,24 +87,29 @@ class Lowering:
         return value
 
     def weight(self, parameter: Tensor) -> Value:
-        """A parameter as a constant [1, *shape], which is there once however often it is used."""
+        """A parameter as [1, *shape], which is there once however often it is used."""
         return self.vector(parameter, (1, *map(int, parameter.shape)))
 
-    def vector(self, parameter: Tensor, shape: tuple[int, ...], dtype: str | None = None) -> Value:
-        """A parameter as a constant of this shape (and dtype, where it is not its own)."""
-
-        def constant() -> Value:
-            array = self.mapped(parameter).reshape(shape)
-            if dtype is not None:
-                array = np.ascontiguousarray(array.astype(dtype))
-            return self.net.constant(array)
-
-        return self.once((parameter.name, shape, dtype), constant)
-
-    def mapped(self, parameter: Tensor) -> NDArray[Any]:
-        """The values of a parameter; not to be written to."""
+    def vector(
+        self,
+        parameter: Tensor,
+        shape: tuple[int, ...],
+        dtype: str | None = None,
+        order: tuple[int, ...] | None = None,
+    ) -> Value:
+        """A parameter with its dimensions in this order (where it is not its own), of this shape,
+        and in this dtype (likewise)."""
         assert isinstance(parameter, Parameter)
-        return self.weights.map(parameter)
+        use = WeightUse(parameter.name, shape, dtype, order)
+
+        def made() -> Value:
+            if self.uses is None:
+                return self.net.constant(use.of(self.weights.map(parameter)))
+            name = weight_input(len(self.uses))
+            self.uses.append(use)
+            return self.net.input(name, dtype or parameter.dtype, shape)
+
+        return self.once(use, made)
 
     def integers(self, *numbers: int, shape: tuple[int, ...] | None = None) -> Value:
         """A constant of int32 numbers."""

@@ -156,9 +156,7 @@ def _side_by_side(
         both = net.add(both, g.vector(gate_up_bias, (1, 1, rows)))
     middle = net.cast(middle_of(net.reshape(both, (0, 0, count, 2 * size))), "float32")
     weighed = net.cast(net.mul(middle, net.reshape(held, (0, 0, count, 1))), x.dtype)
-    columns = net.constant(
-        np.ascontiguousarray(g.mapped(down).transpose(1, 0, 2)).reshape(1, hidden, count * size)
-    )
+    columns = g.vector(down, (1, hidden, count * size), order=(1, 0, 2))
     total = net.matmul(net.reshape(weighed, (0, 0, count * size)), columns, transpose=True)
     if down_bias is None:
         return total
