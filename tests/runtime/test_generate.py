@@ -148,14 +148,14 @@ def test_what_is_drawn_ahead_behind_an_end_is_dropped():
 
 
 @pytest.mark.parametrize("penalty", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
-def test_a_penalty_waits_for_the_tokens(penalty):
+def test_penalties_are_for_tokens_that_are_still_being_drawn(penalty):
     executable = AheadToyExecutable(limits())
     tokens = tuple(prompts(1, 3)[0])
     penalised = Request(0, tokens, 5, SamplingParams(**{penalty: 1.5}))
     plain = Request(1, tokens, 12)
     done = serve(executable, [penalised, plain])
     assert [list(c.token_ids) for c in done] == [reference(r, 32) for r in (penalised, plain)]
-    assert executable.ahead == [False] * 6 + [True] * 6
+    assert executable.ahead == [False] + [True] * 11
 
 
 def test_followers_run_the_same_steps():
