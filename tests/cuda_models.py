@@ -276,7 +276,13 @@ def check_running_ahead(
             index,
             tuple(tokens(50)),
             int(rng.integers(1, 40)),
-            SamplingParams(temperature=float(index % 3), seed=index),
+            SamplingParams(
+                repetition_penalty=1.3 if index % 2 else 1.0,
+                # Likes what it has just drawn.
+                frequency_penalty=-1.5 if index % 3 < 2 else 0.0,
+                temperature=float(index % 3),
+                seed=index,
+            ),
             eos_token_ids=frozenset(tokens(24)) if ends_early else frozenset(),
         )
         for index in range(count)

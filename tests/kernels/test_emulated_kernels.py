@@ -75,7 +75,7 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
         repetition_penalty=maybe(0.7 + rng.random(), 1.0),
         frequency_penalty=maybe(rng.integers(-8, 9) / 16, 0.0),
         presence_penalty=maybe(rng.random() - 0.5, 0.0),
-        min_p=maybe(0.3 * rng.random(), 0.0),
+        min_p=(0.0, 0.3 * rng.random(), 1.0)[rng.integers(3)],
         seed=int(rng.integers(2**63)),
     )
 
@@ -83,13 +83,22 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
 def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
     """What sample.cu leaves: "tokens" and "largest"."""
     rows, vocab = logits.shape
-    params, history = np.zeros(rows, PARAMS), np.zeros(sampling.history_ints(rows, vocab), np.int32)
-    fill_params(params, drawn_by, history)
+    # Every second row's last token is what the step began with; the step has more tokens.
+    ids, places = np.full(2 * rows, -7, np.int32), np.arange(rows, dtype=np.int32) * 2 + 1
+    begun = list(drawn_by)
+    for index, row in enumerate(drawn_by):
+        if index % 2 and len(row.history):
+            ids[places[index]] = row.history[-1]
+            begun[index] = row._replace(history=np.append(row.history[:-1], np.int32(~index)))
+    params, history = np.zeros(rows, PARAMS), np.zeros(3 * rows * vocab, np.int32)
+    fill_params(params, begun, history)
     bench = Bench()
     bench.tensors.update(
         logits=logits,
         params=torch.from_numpy(params.view(np.int32)),
         history=torch.from_numpy(history),
+        ids=torch.from_numpy(ids),
+        places=torch.from_numpy(places),
         seen=torch.full((rows, sampling.seen_words(vocab)), -1, dtype=torch.int32),
         bests=torch.full((rows, 2 * sampling.sample_parts(vocab)), -1, dtype=torch.int32),
         arrived=torch.zeros(rows, dtype=torch.int32),
@@ -98,7 +107,8 @@ def drawn(logits: torch.Tensor, drawn_by: list[SampleRow]) -> Bench:
     )
     names = ("tokens", "largest", "logits", "params", "history")
     scratch = sampling.SampleScratch(*map(bench.operand, ("seen", "bests", "arrived")))
-    call = sampling.sample(*map(bench.operand, names), scratch=scratch)
+    step = bench.operand("ids"), bench.operand("places")
+    call = sampling.sample(*map(bench.operand, names), scratch=scratch, step=step)
     bench.run(call)
     assert not bench.tensors["arrived"].any(), "the next step counts from zero"
     return bench
@@ -121,7 +131,11 @@ def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype, rows):
     logits = logits.to(dtype)
     drawn_by = [
         SampleRow(
-            random_params(rng), int(rng.integers(2**40)), history, int(rng.integers(vocab // 2))
+            # Of some, only the last token was generated.
+            random_params(rng),
+            int(rng.integers(2**40)),
+            history,
+            len(history) - 1 if rng.random() < 0.3 else int(rng.integers(len(history))),
         )
         for history in rng.integers(0, vocab, (rows, vocab // 2)).astype(np.int32)
     ]
@@ -130,12 +144,14 @@ def test_tokens_drawn_are_those_that_the_runtime_draws(vocab, dtype, rows):
     assert bench.tensors["tokens"].tolist() == want.tolist()
 
 
-@pytest.mark.parametrize(("vocab", "dtype"), [(40_008, torch.bfloat16), (9_001, torch.float32)])
+@pytest.mark.parametrize(("vocab", "dtype"), [(40_016, torch.bfloat16), (9_001, torch.float32)])
 def test_greedy_tokens_are_the_first_of_the_largest_logits(vocab, dtype):
-    """In rows longer than what a block loads at once; and NaN is seen wherever it is."""
+    """In rows longer than what a block loads at once, divided unevenly; NaN is seen wherever it
+    is."""
     rng, rows = np.random.default_rng(vocab), 12
     logits = torch.from_numpy(rng.integers(-12, 13, (rows, vocab))).to(dtype)
     at = rng.integers(1, vocab, rows)
+    at[0] = vocab - 1
     for row in range(0, 4):
         logits[row, at[row]] = 20.0  # the only one
     logits[4, : at[4]] = -torch.inf
@@ -150,3 +166,12 @@ def test_greedy_tokens_are_the_first_of_the_largest_logits(vocab, dtype):
     first = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits[numbers].float()])
     assert bench.tensors["tokens"][numbers].tolist() == first.tolist()
     assert bench.tensors["tokens"][5] == at[5] and bench.tensors["tokens"][6] == 0
+
+
+def test_the_last_token_alone_is_penalised():
+    """It is what the step began with, and nothing else is known of the sequence's tokens."""
+    likes = SamplingParams(presence_penalty=-2.0)
+    rows = [SampleRow(likes, 3, np.array([1, 7, last], np.int32), 2) for last in (5, 6)]
+    logits = torch.zeros(2, 40)
+    logits[:, 9] = 1.0
+    assert drawn(logits, rows).tensors["tokens"].tolist() == [5, 6]

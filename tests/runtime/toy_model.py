@@ -100,7 +100,11 @@ class AheadToyExecutable(ToyExecutable):
         ids = batch.token_ids
         assert (ids >= 0).all() or self.unread, "the last step's tokens are known"
         assert (~ids < len(self.drawn)).all(), "the last step drew fewer tokens"
-        result = self.step(replace(batch, token_ids=self._resolved(ids)))
+        sampling = tuple(
+            row._replace(history=self._resolved(row.history)) if row.params.penalises else row
+            for row in batch.sampling
+        )
+        result = self.step(replace(batch, token_ids=self._resolved(ids), sampling=sampling))
         drawn = self.drawn = self._shared(result, len(batch.logit_rows))
         number = len(self.batches)
         self.begun_within.append(bool(self.unread))

@@ -3,7 +3,6 @@ them writes, by the comments of its .cu file."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import emulated_exchange
@@ -16,6 +15,7 @@ from llmforge.errors import RequestError
 from llmforge.runtime.sampling import penalised, sample
 
 _BYTES = {"DTYPE_BFLOAT16": 2, "DTYPE_FLOAT16": 2, "DTYPE_FLOAT32": 4}
+NOTHING = np.zeros(0, np.int32)
 _WORDS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
@@ -53,39 +53,34 @@ def draw(
     for row in range(rows):
         largest.array(rows)[row] = values[row].max()
         try:
-            drawn_by = _row(given[row], history)
-            values[row] = _deducted(penalised(values[row], drawn_by), given[row], history)
-            plain = drawn_by._replace(params=replace(drawn_by.params, repetition_penalty=1.0))
-            tokens.array(rows)[row] = sample(values[row : row + 1], [plain])[0]
+            assert not given[row]["ahead"]
+            drawn_by, behind = _rows(given[row], history)
+            values[row] = penalised(values[row], drawn_by)
+            tokens.array(rows)[row] = sample(values[row : row + 1], [behind])[0]
         except RequestError:  # not finite: the host is told by `largest`
             tokens.array(rows)[row] = 0
 
 
-def _row(params: Any, history: Any) -> SampleRow:
-    start, length = int(params["history_start"]), int(params["history_len"])
-    seen = history.array(start + length)[start:] if length else np.zeros(0, np.int32)
-    return SampleRow(
-        SamplingParams(
-            repetition_penalty=float(params["repetition_penalty"]),
-            temperature=float(params["temperature"]),
-            top_k=int(params["top_k"]),
-            top_p=float(params["top_p"]),
-            min_p=float(params["min_p"]),
-            seed=int(params["seed"]),
-        ),
-        int(params["position"]),
-        seen,
+def _rows(params: Any, history: Any) -> tuple[SampleRow, SampleRow]:
+    """How to draw, in two parts: the repetition penalty, and all behind it."""
+    start, length, distinct = (
+        int(params[name]) for name in ("history_start", "history_len", "generated")
     )
-
-
-def _deducted(scores: Any, params: Any, history: Any) -> Any:
-    start, count = int(params["history_start"] + params["history_len"]), int(params["deductions"])
-    if count:
-        found = history.array(start + 2 * count)[start:]
-        inside = found[:count] < len(scores)
-        scores = scores.copy()
-        scores[found[:count][inside]] -= found[count:].view(np.float32)[inside]
-    return scores
+    given = history.array(start + length + 2 * distinct)[start:] if length + distinct else NOTHING
+    tokens, counts = np.split(given[length:], 2)
+    position = int(params["position"])
+    first = SamplingParams(repetition_penalty=float(params["repetition_penalty"]))
+    behind = SamplingParams(
+        frequency_penalty=float(params["frequency_penalty"]),
+        presence_penalty=float(params["presence_penalty"]),
+        temperature=float(params["temperature"]),
+        top_k=int(params["top_k"]),
+        top_p=float(params["top_p"]),
+        min_p=float(params["min_p"]),
+        seed=int(params["seed"]),
+    )
+    generated = np.repeat(tokens, counts)
+    return SampleRow(first, position, given[:length]), SampleRow(behind, position, generated)
 
 
 KERNELS: dict[str, Kernel] = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llmforge.engine.step import Float32, SampleRow
+from llmforge.engine.step import Float32, Limits, SampleRow
 from llmforge.errors import RequestError
 from llmforge.kernels.sampling import SAMPLE_PARAMS_BYTES
 
@@ -22,14 +22,23 @@ PARAMS = np.dtype(
         ("position", "u8"),
         ("top_k", "i4"),
         ("repetition_penalty", "f4"),
+        ("frequency_penalty", "f4"),
+        ("presence_penalty", "f4"),
         ("history_start", "i4"),
         ("history_len", "i4"),
-        ("deductions", "i4"),
-        ("reserved", "i4"),
+        ("generated", "i4"),
+        ("ahead", "i4"),
     ]
 )
 assert PARAMS.itemsize == SAMPLE_PARAMS_BYTES
 _MASK = (1 << 64) - 1
+
+
+def history_ints(limits: Limits) -> int:
+    """The most that a step's rows need of their sequences: see `fill_params`. All their tokens are
+    in the cache behind the step."""
+    cached = limits.num_blocks * limits.block_size
+    return 3 * min(limits.max_batch_size * limits.max_seq_len, cached)
 
 
 def fill_params(
@@ -37,23 +46,19 @@ def fill_params(
 ) -> int:
     """Write the rows' parameters to `target` [rows] and what they need of their sequences end to
     end to `history` (`history_ints` long): for each row the tokens that the repetition penalty is
-    for, then those of `SampleRow.deductions`, and the bits of their amounts. Returns how much of
-    `history` that was."""
+    for, then those of `SampleRow.generated`, and how often each was. Returns how much of `history`
+    that was."""
     target[:] = GREEDY
     used = 0
     for index, row in enumerate(rows):
         params = row.params
         if params.greedy and not params.penalises:
             continue
-        parts = [row.history] if params.repetition_penalty != 1.0 else []
-        length = sum(map(len, parts))
-        deductions = 0
-        if params.deducts:
-            tokens, amounts = row.deductions()
-            parts += [tokens, amounts.view(np.int32)]
-            deductions = len(tokens)
+        nothing = row.history[:0]
+        seen = row.known if params.repetition_penalty != 1.0 else nothing
+        tokens, counts = row.generated() if params.deducts else (nothing, nothing)
         start = used
-        for part in parts:
+        for part in (seen, tokens, counts):
             history[used : used + len(part)] = part
             used += len(part)
         target[index] = (
@@ -64,16 +69,18 @@ def fill_params(
             row.position,
             params.top_k,
             params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
             start,
-            length,
-            deductions,
-            0,
+            len(seen),
+            len(tokens),
+            params.penalises and row.ahead,
         )
     return used
 
 
 # What a row without parameters of its own gets: the largest logit.
-GREEDY = np.array((0.0, 1.0, 0.0, 0, 0, 0, 1.0, 0, 0, 0, 0), PARAMS)
+GREEDY = np.array((0.0, 1.0, 0.0, 0, 0, 0, 1.0, 0.0, 0.0, 0, 0, 0, 0), PARAMS)
 
 
 def check_drawn(largest: Float32, rows: Sequence[SampleRow]) -> None:

@@ -65,7 +65,8 @@ class SampleRow(NamedTuple):
     row's logits alone, so it is the same in any batch and on any target.
 
     position: the index in the sequence of the token to draw (prompt included).
-    history: the sequence so far, for the penalties; its first `num_prompt` tokens are the prompt.
+    history: the sequence so far, for the penalties; its first `num_prompt` tokens are the prompt. A
+        last token below zero is still being drawn (see `RunsAhead`).
     """
 
     params: SamplingParams
@@ -73,12 +74,20 @@ class SampleRow(NamedTuple):
     history: Int32
     num_prompt: int = 0
 
-    def deductions(self) -> tuple[Int32, Float32]:
-        """The distinct tokens that were generated, ascending, and what is deducted from the logit
-        of each: ``frequency_penalty * count + presence_penalty``, as OpenAI's API defines them."""
-        tokens, counts = np.unique(self.history[self.num_prompt :], return_counts=True)
-        amounts = np.float32(self.params.frequency_penalty) * counts.astype(np.float32)
-        return tokens, amounts + np.float32(self.params.presence_penalty)
+    @property
+    def ahead(self) -> bool:
+        """Whether the last token of the history is still being drawn."""
+        return len(self.history) > 0 and bool(self.history[-1] < 0)
+
+    @property
+    def known(self) -> Int32:
+        """The history without a token that is still being drawn."""
+        return self.history[:-1] if self.ahead else self.history
+
+    def generated(self) -> tuple[Int32, Int32]:
+        """The distinct known tokens that were generated, ascending, and how often each was."""
+        tokens, counts = np.unique(self.known[self.num_prompt :], return_counts=True)
+        return tokens, counts.astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ class RunsAhead(Protocol):
         each once, in order, and before the next step but one begins. As `Executable.step`, this is
         called on every rank; the tokens are given on rank 0, and none elsewhere.
 
-        A token id below zero stands for what the step before draws: ``~i`` for its row i. Where a
-        row needs its sequence's history, it must be known.
+        A token id below zero stands for what the step before draws: ``~i`` for its row i. The last
+        token of a row's history may be such too.
         """
         ...
 
@@ -105,8 +105,8 @@ class Target(Protocol):
         ...
 
     def available(self) -> str | None:
-        """None where this machine can build for and run the target, else the reason in a line
-        (what is missing, and the command that installs it)."""
+        """None where this machine can build for the target, else the reason in a line (what is
+        missing, and the command that installs it). What it lacks to run an engine, `load` says."""
         ...
 
     def prepare(self, graph: Graph) -> Graph:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmforge.kernels.launch import Launch, Operand, Size, load_width, require, specialised
 
-SAMPLE_PARAMS_BYTES = 64  # struct Params of sample.cu
+SAMPLE_PARAMS_BYTES = 72  # struct Params of sample.cu
 _THREADS = 512
 # Logits of two bytes that a block's threads have under way at once: 4 loads of 8 each.
 _LOGITS = 4 * 8 * _THREADS
@@ -27,11 +27,6 @@ def seen_words(vocab: int) -> int:
     return 2 * -(-vocab // 32)
 
 
-def history_ints(rows: int, max_seq_len: int) -> int:
-    """The most that `rows` rows need of their sequences: see `device_sampling.fill_params`."""
-    return 3 * rows * max_seq_len
-
-
 def sample_parts(vocab: int) -> int:
     """How many blocks share a row's logits: so many that their threads have all loads under way at
     once."""
@@ -45,8 +40,10 @@ def sample(
     params: Operand,
     history: Operand,
     scratch: SampleScratch,
+    step: tuple[Operand, Operand] | None = None,
 ) -> Launch:
-    """One token a row of logits [rows, vocabulary]; see sample.cu for the other operands."""
+    """One token a row of logits [rows, vocabulary]; see sample.cu for the other operands. step: the
+    step's token_ids and logit_rows, without which no row may be `ahead`."""
     require(logits.contiguous, "sample: logits must be contiguous")
     vocab, rows = logits.features, logits.shape[0]
     parts = sample_parts(vocab)
@@ -55,7 +52,8 @@ def sample(
         VOCAB=vocab, WIDTH=load_width(logits, run=vocab), THREADS=_THREADS, PARTS=parts,
     )  # fmt: skip
     arguments = (
-        tokens, largest, logits, params, history, scratch.seen, scratch.bests, scratch.arrived,
+        tokens, largest, logits, params, history, *(step or (None, None)), scratch.seen,
+        scratch.bests, scratch.arrived,
     )  # fmt: skip
     blocks = rows * parts if isinstance(rows, int) else Size(rows, parts)
     return Launch(spec, arguments, (blocks, 1, 1), _THREADS)

@@ -81,10 +81,11 @@ def filtered(logits: Float32, row: SampleRow) -> tuple[Int64, Float64]:
 
 def penalised(logits: Float32, row: SampleRow) -> Float32:
     """Logits [vocab] of tokens in the row's history divided by the repetition penalty, or
-    multiplied where negative; then less what `SampleRow.deductions` says. A new array where the row
-    has penalties."""
+    multiplied where negative; then those of generated tokens less ``frequency_penalty * count +
+    presence_penalty``, as OpenAI's API defines them. A new array where the row has penalties."""
     if not row.params.penalises:
         return logits
+    assert not row.ahead, "the host draws when all tokens before are known"
     result = logits.copy()
     if row.params.repetition_penalty != 1.0:
         seen = row.history[row.history < len(logits)]
@@ -93,7 +94,9 @@ def penalised(logits: Float32, row: SampleRow) -> Float32:
         # A token that occurs twice is written twice with the same value.
         result[seen] = np.where(values < 0, values * factor, values / factor)
     if row.params.deducts:
-        tokens, amounts = row.deductions()
+        tokens, counts = row.generated()
+        amounts = np.float32(row.params.frequency_penalty) * counts.astype(np.float32)
+        amounts += np.float32(row.params.presence_penalty)
         inside = tokens < len(logits)
         result[tokens[inside]] -= amounts[inside]
     return result

@@ -93,7 +93,6 @@ class Session:
         self._ahead = executable if isinstance(executable, RunsAhead) else None
         self._flight: _Flight | None = None  # begun ahead
         self._ended = 0.0  # when the last step did
-        self._num_penalised = 0  # of the live requests, those whose draws need the tokens before
         self._stepping = False
         self._closed = False
 
@@ -116,13 +115,12 @@ class Session:
             stream = TextStream(self._tokenizer, request.token_ids, request.stop)
         sequence = self.scheduler.add(request)
         self._live[sequence.number] = _Live(request, stream, self._clock())
-        self._num_penalised += request.sampling.penalises
 
     def step(self) -> list[Completion]:
         """Run one step. Returns the requests that it finished. Needs `has_work`."""
         assert self.has_work and not self._closed
         flight, self._flight = self._flight or self._begin(), None
-        if self._ahead and self.scheduler.has_work and not self._num_penalised:
+        if self._ahead and self.scheduler.has_work:
             self._flight = self._begin()
         self._stepping = True
         tokens = flight.tokens()
@@ -239,7 +237,6 @@ class Session:
         """The completion of a sequence that ends with `length` tokens."""
         self.scheduler.end(sequence, length)
         del self._live[sequence.number]
-        self._num_penalised -= live.request.sampling.penalises
         text = None
         if live.stream is not None:
             self._emit(live, live.stream.finish())

@@ -10,14 +10,14 @@ import torch
 
 from llmforge.engine.cuda.program import Program
 from llmforge.engine.cuda.state import DIVISION, MAX_SPLITS, SUMS
-from llmforge.engine.device_sampling import PARAMS, check_drawn, fill_params
+from llmforge.engine.device_sampling import PARAMS, check_drawn, fill_params, history_ints
 from llmforge.engine.memory import largest_step
 from llmforge.engine.step import Limits, StepBatch
 from llmforge.kernels.attention import split_scratch_sizes
 from llmforge.kernels.collectives import PARTS
 from llmforge.kernels.decode_attention import MAX_BLOCKS
 from llmforge.kernels.launch import Launch, Operand
-from llmforge.kernels.sampling import history_ints, sample_parts, seen_words
+from llmforge.kernels.sampling import sample_parts, seen_words
 from llmforge.model.graph import Graph
 from llmforge.model.reference import DTYPES
 
@@ -32,6 +32,8 @@ class Staging:
         self.arrays = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
         # The tokens, then the largest logits.
         self.drawn = torch.zeros(2 * limits.max_batch_size, dtype=torch.int32, pin_memory=True)
+        # What drawing needs of the sequences; a copy takes it, if there is any.
+        self.history = torch.zeros(history_ints(limits), dtype=torch.int32, pin_memory=True)
         self.done = torch.cuda.Event()  # recorded behind the step
         self._arrays = self.arrays.numpy()
         self._drawn = self.drawn.numpy()
@@ -94,7 +96,7 @@ class Memory:
             "scratch.arrived": (MAX_BLOCKS, torch.int32),
             **_divisions(all_programs),
             "sample.tokens": (2 * batch, torch.int32),
-            "sample.history": (history_ints(batch, limits.max_seq_len), torch.int32),
+            "sample.history": (history_ints(limits), torch.int32),
             "sample.seen": (batch * seen_words(vocab), torch.int32),
             "sample.bests": (batch * 2 * sample_parts(vocab), torch.int32),
             "sample.arrived": (batch, torch.int32),
@@ -116,8 +118,6 @@ class Memory:
         for turn, staging in enumerate(self._staging):
             self.tensors[f"staging.arrays.{turn}"] = staging.arrays
             self.tensors[f"staging.drawn.{turn}"] = staging.drawn
-        history = history_ints(batch, limits.max_seq_len)
-        self._history_host = torch.zeros(history, dtype=torch.int32)
 
     def address(self, program: Program, name: str) -> int:
         if name.startswith("arena."):
@@ -151,9 +151,9 @@ class Memory:
     def fill_sampling(self, staging: Staging, program: Program, batch: StepBatch) -> None:
         """Write how to sample each row, and upload what any row needs of its sequence."""
         rows = staging.array(program, "sampling", PARAMS)[: len(batch.sampling)]
-        used = fill_params(rows, batch.sampling, self._history_host.numpy())
-        if used:
-            self.tensors["sample.history"][:used].copy_(self._history_host[:used])
+        if used := fill_params(rows, batch.sampling, staging.history.numpy()):
+            there = self.tensors["sample.history"]
+            there[:used].copy_(staging.history[:used], non_blocking=True)
 
 
 def _split_scratch(graph: Graph, all_programs: list[Program]) -> tuple[int, int]:

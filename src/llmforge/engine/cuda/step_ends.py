@@ -28,7 +28,8 @@ def sampling_launch(program: Program) -> Launch:
     )
     params = Operand("step.sampling", (1,), "int32", 1)
     scratch = SampleScratch(seen, bests, arrived)
-    return sample(DRAWN, largest, logits, params, history, scratch)
+    step = Operand("step.token_ids", (1,), "int32", 1), Operand("step.logit_rows", (1,), "int32", 1)
+    return sample(DRAWN, largest, logits, params, history, scratch, step)
 
 
 def deliver_launch(max_batch_size: int) -> Launch:

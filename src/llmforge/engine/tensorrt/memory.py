@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmforge.engine.device_sampling import PARAMS
+from llmforge.engine.device_sampling import PARAMS, history_ints
 from llmforge.engine.memory import nbytes
 from llmforge.engine.step import Limits
 from llmforge.engine.tensorrt.device import Bytes, Device
@@ -32,7 +32,7 @@ from llmforge.engine.tensorrt.kernels import (
 )
 from llmforge.engine.tensorrt.plan import RankPlan, Step
 from llmforge.kernels.launch import DTYPE_BYTES
-from llmforge.kernels.sampling import history_ints, sample_parts, seen_words
+from llmforge.kernels.sampling import sample_parts, seen_words
 from llmforge.model.graph import Tensor
 
 ALIGNMENT = 256
@@ -119,9 +119,7 @@ class Memory:
         # The largest logits lie behind the tokens: one copy brings both.
         self._addresses[DRAWN] = self._device.allocate(8 * self.rows)
         self._addresses[LARGEST] = self._addresses[DRAWN] + 4 * self.rows
-        self._addresses[HISTORY] = self._device.allocate(
-            4 * history_ints(self.rows, limits.max_seq_len)
-        )
+        self._addresses[HISTORY] = self._device.allocate(4 * history_ints(limits))
         self._addresses[SEEN] = self._device.allocate(4 * self.rows * seen_words(vocab))
         self._addresses[BESTS] = self._device.allocate(8 * self.rows * sample_parts(vocab))
         self._addresses[ARRIVED] = self._device.allocate(4 * self.rows)

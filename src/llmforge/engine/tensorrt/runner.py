@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmforge.engine.device_sampling import fill_params
+from llmforge.engine.device_sampling import fill_params, history_ints
 from llmforge.engine.step import Float32, Int32, SampleRow, SamplingParams
 from llmforge.engine.tensorrt.calls import Call
 from llmforge.engine.tensorrt.device import Bytes
@@ -46,7 +46,6 @@ from llmforge.engine.tensorrt.kernels import (
 from llmforge.engine.tensorrt.memory import Layout
 from llmforge.engine.tensorrt.rank import Rank
 from llmforge.errors import TargetError
-from llmforge.kernels.sampling import history_ints
 
 NOBODY = SampleRow(SamplingParams(), 0, np.zeros(0, np.int32))  # whose token is not wanted
 
@@ -65,7 +64,7 @@ class HostSide:
         return cls(
             rank.device.host_array(layout.nbytes),
             rank.device.host_array(8 * rows).view(np.int32),
-            np.empty(history_ints(rows, rank.limits.max_seq_len), np.int32),
+            np.empty(history_ints(rank.limits), np.int32),
         )
 
     def results(self, rows: int) -> tuple[Int32, Float32]:

@@ -3,17 +3,19 @@
 //   VOCAB: tokens. WIDTH: logits a load. THREADS: block size. PARTS: blocks that share a row's logits
 //   to find the largest; the last of them to end goes on alone. Grid: PARTS blocks a row.
 // tokens [rows]: the token. largest [rows]: the largest logit, for the host to refuse NaN and inf.
-// history: from a row's history_start on the tokens that the repetition penalty is for, then those
-// whose scores something is deducted from, ascending, and how much (float32). seen: a bit a token of
-// the former, then of the latter, [rows, 2, ceil(VOCAB / 32)], scratch. bests [rows, PARTS]: scratch. arrived: an int a row, zero before and after.
+// history: from a row's history_start on the tokens that the repetition penalty is for, then those that
+// were generated, ascending, and how often each was. Where `ahead` is set, the last token of the
+// row's sequence is not among them: it is token_ids[logit_rows[row]], what the step began with. seen: a
+// bit a token of the former, then of the latter, [rows, 2, ceil(VOCAB / 32)], scratch. bests
+// [rows, PARTS]: scratch. arrived: an int a row, zero before and after.
 #include "common.cuh"
 
 struct Params {
     double temperature, top_p, min_p;
     u64 seed, position;
     int top_k;
-    float penalty;
-    int history_start, history_len, deductions, reserved;
+    float penalty, frequency, presence;
+    int history_start, history_len, generated, ahead;
 };
 
 #define LOADS 4  // a thread has under way
@@ -42,36 +44,41 @@ DEVICE void philox(u32 (&c)[4], u64 seed) {
 struct Row {
     const T* logits;
     const u32* seen;  // null where nothing is penalised
-    float penalty;
-    const int* deducted;  // tokens, then amounts
-    int deductions;
+    float penalty, frequency, presence;
+    const int* counted;  // tokens, then how often each was generated
+    int generated, last;  // how many, and one token more
 
     DEVICE static bool has(const u32* bits, int token) {
         return bits[token / 32] >> (token % 32) & 1;
     }
-    DEVICE float amount(int token) const {  // of a token that is among the deducted
+    DEVICE int count(int token) const {
         int low = 0;
-        for (int high = deductions - 1; low < high;) {
+        for (int high = generated; low < high;) {
             const int middle = (low + high) / 2;
-            if (deducted[middle] < token) low = middle + 1;
+            if (counted[middle] < token) low = middle + 1;
             else high = middle;
         }
-        return __int_as_float(deducted[deductions + low]);
+        const bool found = low < generated && counted[low] == token;
+        return (found ? counted[generated + low] : 0) + (token == last);
     }
     DEVICE float score(int token) const {
         float x = to_float(logits[token]);
         if (!seen) return x;
         if (has(seen, token)) x = x < 0 ? x * penalty : x / penalty;
-        // Not to be fused with the product: the host rounds both.
-        if (has(seen + SEEN_WORDS, token)) x = __fsub_rn(x, amount(token));
+        // Nothing to be fused: the host rounds after each operation.
+        if (has(seen + SEEN_WORDS, token))
+            x = __fsub_rn(x, __fadd_rn(__fmul_rn(frequency, (float)count(token)), presence));
         return x;
     }
 };
 
+DEVICE void mark_one(u32* bits, int token) {
+    if (token < VOCAB) atomicOr(bits + token / 32, 1u << token % 32);
+}
+
 // Sets the bits of `tokens`.
 DEVICE void mark(u32* bits, const int* tokens, int count) {
-    for (int i = threadIdx.x; i < count; i += THREADS)
-        if (tokens[i] < VOCAB) atomicOr(bits + tokens[i] / 32, 1u << tokens[i] % 32);
+    for (int i = threadIdx.x; i < count; i += THREADS) mark_one(bits, tokens[i]);
 }
 
 // The best of the block's (value, token): the largest, of equals the lowest token. NaN is largest.
@@ -240,15 +247,17 @@ DEVICE void find_nucleus(Kept& kept, const Row& row, double top_p, u64* histogra
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 sample(int* tokens, float* largest, const T* logits, const Params* params, const int* history,
-       u32* seen, Best* bests, int* arrived) {
+       const int* token_ids, const int* logit_rows, u32* seen, Best* bests, int* arrived) {
     __shared__ u64 histogram[256];
     let_next_start();
     wait_for_previous();
     const int index = blockIdx.x / PARTS, part = blockIdx.x % PARTS;
     const Params p = params[index];
     const int* const own = history + p.history_start;
-    Row row{logits + (size_t)index * VOCAB, nullptr, p.penalty, own + p.history_len, p.deductions};
-    const bool penalised = p.history_len > 0 || p.deductions > 0;
+    const int last = p.ahead ? token_ids[logit_rows[index]] : -1;
+    Row row{logits + (size_t)index * VOCAB, nullptr, p.penalty, p.frequency, p.presence,
+            own + p.history_len, p.generated, last};
+    const bool penalised = p.history_len > 0 || p.generated > 0 || p.ahead;
     Best best{0, -1};
     auto take = [&](float x, int id) {
         if (best.token < 0 || (!(x <= best.value) && best.value == best.value)) best = {x, id};
@@ -279,7 +288,11 @@ sample(int* tokens, float* largest, const T* logits, const Params* params, const
         for (int i = threadIdx.x; i < 2 * SEEN_WORDS; i += THREADS) bits[i] = 0;
         __syncthreads();
         mark(bits, own, p.history_len);
-        mark(bits + SEEN_WORDS, row.deducted, p.deductions);
+        mark(bits + SEEN_WORDS, row.counted, p.generated);
+        if (p.ahead && threadIdx.x == 0) {
+            if (p.penalty != 1.0f) mark_one(bits, last);
+            if (p.frequency != 0.0f || p.presence != 0.0f) mark_one(bits + SEEN_WORDS, last);
+        }
         __syncthreads();
         row.seen = bits;
 #pragma unroll 1
