@@ -105,8 +105,8 @@ class Target(Protocol):
         ...
 
     def available(self) -> str | None:
-        """None where this machine can build for and run the target, else the reason in a line
-        (what is missing, and the command that installs it)."""
+        """None where this machine can build for the target, else the reason in a line (what is
+        missing, and the command that installs it). What it lacks to run an engine, `load` says."""
         ...
 
     def prepare(self, graph: Graph) -> Graph:
