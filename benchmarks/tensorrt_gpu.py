@@ -16,6 +16,7 @@ or one job of it, like tiny.olmoe. In the order in which they begin, where none 
     tiny_ranks  mixtures of experts on two tensor-parallel ranks
     half        mixtures of experts in float16: logits are close
     level       two layers of the 1B's shape at several optimisation levels: build time and TPOT
+    variant     the same build with one thing changed each (tensorrt_variants.py): its time
 
 Jobs run side by side on cores of their own. Build times are therefore those of a busy machine; for
 the measurement of TPOT all other jobs are stopped.
@@ -40,6 +41,7 @@ sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 import numpy as np  # noqa: E402
 import tensorrt_parts as parts  # noqa: E402
 from job_pool import Job, Pool  # noqa: E402
+from tensorrt_variants import VARIANTS  # noqa: E402
 
 RESULTS = "tensorrt_gpu.json"
 LAYOUTS = ("tensor_parallel", "pipeline_parallel")
@@ -47,8 +49,8 @@ LEVELS = ("0", "1", "2", "3")
 # The mixtures of the parity cases that differ in how they choose or compute experts.
 MIXTURES = ("olmoe", "mixtral", "qwen2-moe", "deepseek-v2", "deepseek-v3", "gpt-oss", "dbrx",
             "granitemoe", "glm4-moe", "qwen3-moe")  # fmt: skip
-# Options of the 1B's build, and the engines that it then has, each of which takes a core.
-SPEEDS = {"--weights-apart": 3, parts.DEFAULT: 8}
+# The 1B's builds by their options, and the engines that it then has, each of which takes a core.
+SPEEDS = {"weights-apart": 3, parts.DEFAULT: 8}
 
 
 # -- prepare ---------------------------------------------------------------------------------------
@@ -119,6 +121,7 @@ def all_jobs(tiny: list[str]) -> list[Job]:
         *(Job("half", name, 1, 150) for name in first),
         *(Job("tiny_ranks", name, 2, 150) for name in first),
         *(Job("level", name, 1, 200) for name in LEVELS),
+        *(Job("variant", name, 1, 200) for name in VARIANTS),
         *(Job("half", name, 1, 150) for name in others),
         *(Job("tiny_ranks", name, 2, 150) for name in others),
         Job("example", "float16", 3, 150),
