@@ -1,7 +1,7 @@
 """Real TensorRT engines on this machine's GPU: the tokens they give, and their speed.
 
     python benchmarks/tensorrt_gpu.py prepare DATA       (anywhere, with torch and transformers)
-    python benchmarks/tensorrt_gpu.py measure DATA OUT [--seconds S] [--results FILE] [PART ...]
+    python benchmarks/tensorrt_gpu.py measure DATA OUT [PART ...] [--seconds S] [--results FILE]
                                                          (with TensorRT and a GPU; no torch)
 
 `prepare` writes checkpoints and what the cpu target gives for them. `measure` builds and runs them
@@ -154,6 +154,9 @@ def measure(data: Path, out: Path, names: list[str], seconds: float, before: Pat
     pool = Pool(command, scratch, out, out / RESULTS, results)
     pool.run(jobs, seconds)
     for job in jobs:
+        if job.label not in results["seconds"]:
+            print(job.label, "not begun")
+            continue
         found = results["parts"].get(job.part, {}).get(job.name)
         print(job.label, json.dumps(found)[:2000], results["errors"].get(job.label, "")[-500:])
 
