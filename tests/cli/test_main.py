@@ -109,6 +109,7 @@ def test_every_setting_is_an_option(name: str) -> None:
         (["convert", "-o", "/tmp/x"], 2, "error: SOURCE is missing"),
         (["convert", "x", "-o", "y", "--random-weights"], 2, "go together"),
         (["convert", "x", "-o", "y", "--dtype", "int8"], 2, "'int8' is not one of"),
+        (["convert", "--seed", "-1"], 2, "error: Invalid value for '--seed': -1 is not in"),
         (["bench"], 2, "with a workdir: llmforge bench -c FILE.yaml"),
         (["inspect", "/no/such"], 1, "error: /no/such does not exist"),
         (["inspect", "x", "--rank", "1"], 2, "error: --rank says whose graph"),
