@@ -117,6 +117,9 @@ def test_bench(here: Path, capsys: Capture) -> None:
     report = json.loads(Path("report.json").read_text())
     assert [latency["batch_size"] for latency in report["latency"]] == [1, 2]
     assert report["engine_digest"].startswith("sha256:")
+    assert llmforge("bench", "-c", "s.yaml", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out).keys() == report.keys()
+    assert not Path("-").exists()
     throughput = ("--num-requests", "3", "--concurrency", "2")
     assert llmforge("bench", "-c", "s.yaml", *throughput) == 0
     assert "requests/s" in capsys.readouterr().out

@@ -165,6 +165,20 @@ def test_what_runs_beside_waits_for_the_steps_arrays_and_is_waited_for(monkeypat
             ]
 
 
+def test_steps_have_the_smallest_program_that_fits():
+    with emulated_gpu():
+        cuda = emulated_rank(MODELS["llama"], 4)
+    for count, size in ((1, 1), (2, 2), (3, 4), (4, 4)):
+        driver = Driver(LIMITS, 300, seed=1, prompts=(1,) * count)
+        batch = driver.batch([1] * count)
+        shape = cuda._runner_of(batch).program.shape
+        assert shape.decode and shape.tokens == shape.sequences == size
+        for rows in (batch.logit_rows[::-1], batch.logit_rows[:-1]):
+            other = dataclasses.replace(batch, logit_rows=rows)
+            decode = cuda._runner_of(other).program.shape.decode
+            assert decode == (count == len(rows) == 1), "all are wanted, in order"
+
+
 def test_what_fills_up_a_bucket_draws_nothing():
     """Whatever the step before had there: its rows would read histories that are gone."""
     with emulated_gpu():
