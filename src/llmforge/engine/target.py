@@ -100,6 +100,11 @@ class Target(Protocol):
         otherwise."""
         ...
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether engines run on an NVIDIA GPU alone, wherever they are built."""
+        ...
+
     def details(self) -> dict[str, Any]:
         """What engine.yaml says of how the target built, as plain values."""
         ...

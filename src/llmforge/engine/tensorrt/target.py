@@ -49,6 +49,7 @@ class TensorRTTarget:
 
     linear_cache = True
     compiles_apart = True
+    needs_gpu = True
 
     def __init__(
         self, name: str, options: BuildOptions | None = None, package: Package | None = None
