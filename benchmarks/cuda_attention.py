@@ -13,7 +13,6 @@ the bandwidth that reading a large buffer reaches in the same run.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from attention_cases import CASES, RAGGED, Case, Tensors, compare, drawn, launch
 from cuda_speed import (
     MODELS,
     load,
+    machine,
     prepared,
     random_weights,
     read_bandwidth,
@@ -38,7 +38,7 @@ from llmforge.checkpoint.config import ModelConfig
 from llmforge.engine.cuda.executable import CudaExecutable
 from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.step import Limits, StepBatch
-from llmforge.kernels.compile import DEFAULT_CACHE, KernelSpec, compile_kernel, compiler_version
+from llmforge.kernels.compile import DEFAULT_CACHE, KernelSpec, compile_kernel
 from llmforge.kernels.decode_attention import DecodeTuning
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
 from llmforge.kernels.launch import Launch
@@ -267,16 +267,12 @@ def main(models: tuple[str, ...], output: Path | None) -> None:
     failed += [row for row in steps if row["wrong"]]
     if output:
         report = {
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {
-                "python": platform.python_version(), "torch": torch.__version__,
-                "cuda": torch.version.cuda, "nvrtc": compiler_version(),
-            },
+            **machine(),
             "read_bandwidth_tb_per_s": bandwidth / 1e12,
             "layers": LAYERS,
             "steps": steps,
             "checks": checks,
-        }  # fmt: skip
+        }
         write_report(output, report)
     if failed:
         raise click.ClickException(f"{len(failed)} results are wrong: the times mean nothing")

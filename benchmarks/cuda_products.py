@@ -10,12 +10,14 @@ sequences as there are rows and of each smaller number that steps are prepared f
 its products alone, one behind the other, for each variant in turn, in several rounds; and of each
 kernel of the largest step the time from the end of the one before to its own end. A variant with a
 wrong product is not timed, and the exit status is then 1.
+
+Products of more rows, by wide_gemm.cu, are not compared here: tests/cuda/test_real_shapes.py checks
+them at these shapes, and cuda_speed.py --profile shows what they take in a step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,7 @@ from cuda_speed import (
     decode_step,
     device_step,
     load,
+    machine,
     prepared,
     random_weights,
     read_bandwidth,
@@ -44,7 +47,7 @@ from llmforge.engine.cuda.program import Matmul
 from llmforge.engine.cuda.state import KernelChoice
 from llmforge.engine.cuda.target import programs
 from llmforge.engine.step import StepBatch
-from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel, compiler_version
+from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel
 from llmforge.kernels.driver import BoundLaunch, Module, Sizes
 from llmforge.kernels.launch import Float, Launch, Operand, TensorMap
 from llmforge.model.reference import ACTIVATIONS, DTYPES, LOCAL, REFERENCE
@@ -344,17 +347,13 @@ def main(models: tuple[str, ...], rows: int, output: Path | None) -> None:
     torch.cuda.empty_cache()
     click.echo(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e12:.2f} TB/s")
     report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "cuda": torch.version.cuda, "nvrtc": compiler_version(),
-        },
+        **machine(),
         "read_bandwidth_tb_per_s": bandwidth / 1e12,
         "kv_len": KV_LEN,
         "rows": rows,
         "checks": checks,
         "cases": [],
-    }  # fmt: skip
+    }
     for name in models:
         click.echo(name)
         report["cases"] += measure(study, name, bandwidth, wrong)

@@ -20,7 +20,7 @@ import click
 import torch
 from attention_cases import TOLERANCE, row_distance
 from cuda_attention import Launcher
-from cuda_speed import device_seconds, replayed, write_report
+from cuda_speed import device_seconds, machine, replayed, write_report
 from prompt_cases import PROMPTS, Prompts, Tensors, compare, drawn, launches
 
 SETS = 3  # of operands
@@ -138,9 +138,10 @@ def main(output: Path | None) -> None:
     wrong += [name for name, row in steps.items() if not row["off"] <= TOLERANCE["bfloat16"]]
     if output:
         report = {
-            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": steps,
+            **machine(),
+            "steps": steps,
             "wrong": wrong,
-        }  # fmt: skip
+        }
         write_report(output, report)
     if wrong:
         raise click.ClickException(f"{len(wrong)} results are wrong: the times mean nothing")

@@ -12,7 +12,6 @@ shot and in two, beside NCCL's gather with our sum, and NCCL's own all-reduce (t
 
 from __future__ import annotations
 
-import platform
 import statistics
 import sys
 import traceback
@@ -30,6 +29,7 @@ from cuda_speed import (
     bytes_read,
     decode_step,
     load,
+    machine,
     prepared,
     random_weights,
     read_bandwidth,
@@ -235,10 +235,9 @@ def measure(
         add(cases(config, LocalComm(), None, batches, lengths), "none")
     comm.barrier()
     return {
-        "gpu": torch.cuda.get_device_name(),
+        **machine(),
         "gpus": gpus,
         "read_bandwidth_tb_per_s": bandwidth / 1e12,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "cases": found,
         "all_reduce_us": reduced,
     }

@@ -13,7 +13,6 @@ say whose.
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from cuda_speed import (
     MODELS,
     bytes_read,
     load,
+    machine,
     peer_of,
     prepared,
     random_weights,
@@ -168,9 +168,8 @@ def main(
     click.echo(json.dumps(case, indent=2))
     if output:
         report = {
-            "gpu": torch.cuda.get_device_name(),
+            **machine(),
             "read_bandwidth_tb_per_s": bandwidth / 1e12,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "start": {"model": model, **began},
             "in_flight": case,
         }

@@ -40,7 +40,11 @@ from llmforge.engine.cuda.ranks import Ranks  # noqa: E402
 from llmforge.engine.cuda.state import MEASURED, KernelChoice  # noqa: E402
 from llmforge.engine.cuda.target import CudaTarget, engine_kernels  # noqa: E402
 from llmforge.engine.step import Limits, StepBatch  # noqa: E402
-from llmforge.kernels.compile import DEFAULT_CACHE, compile_kernel  # noqa: E402
+from llmforge.kernels.compile import (  # noqa: E402
+    DEFAULT_CACHE,
+    compile_kernel,
+    compiler_version,
+)
 from llmforge.kernels.driver import Module  # noqa: E402
 from llmforge.model.decoder import trace  # noqa: E402
 from llmforge.model.graph import Graph  # noqa: E402
@@ -290,6 +294,15 @@ def profile(executable: CudaExecutable, batch: int, kv_len: int) -> None:
         )
 
 
+def machine() -> dict[str, Any]:
+    """What a report says of where it was made."""
+    versions = {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "cuda": torch.version.cuda, "nvrtc": compiler_version(),
+    }  # fmt: skip
+    return {"gpu": torch.cuda.get_device_name(), "versions": versions}
+
+
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Keep what a benchmark found as JSON, in a folder that is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,9 +335,8 @@ def main(
         cases += bench(name, batches, input_len, output_len, bandwidth, read_peers(peer))
     if output:
         report = {
-            "gpu": torch.cuda.get_device_name(),
+            **machine(),
             "read_bandwidth_tb_per_s": bandwidth / 1e12,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "cases": cases,
         }
         write_report(output, report)

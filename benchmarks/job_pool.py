@@ -90,6 +90,7 @@ class Pool:
     results: dict[str, Any]
     _running: dict[Job, _Running] = field(default_factory=dict)
     _seen: dict[str, str] = field(default_factory=dict)
+    _before: dict[str, Any] = field(default_factory=dict)  # of jobs that are run again
 
     def run(self, jobs: Sequence[Job], seconds: float) -> None:
         """Run the jobs, the first ones first; what is not done after so many seconds is ended."""
@@ -111,11 +112,9 @@ class Pool:
                 time.sleep(TICK)
         finally:
             for job in tuple(self._running):
-                self._fail(job, f"not done after {seconds:.0f} s of all jobs")
                 self._end(job)
-            for job in waiting:
-                self._fail(job, "not begun")
-            self._collect(always=True)
+                self._fail(job, f"not done after {seconds:.0f} s of all jobs")
+            self._write()
 
     def _start(self, job: Job, cores: list[int]) -> None:
         with open(self.logs / f"{job.label}.log", "wb") as log:
@@ -158,7 +157,13 @@ class Pool:
             (self.scratch / f"{job.label}.{name}").unlink(missing_ok=True)
 
     def _fail(self, job: Job, why: str) -> None:
+        """What it told stays, unless an earlier measurement came as far."""
+        self._collect()
         self.results["errors"][job.label] = why
+        found = self.results["parts"].get(job.part, {})
+        if len(before := self._before.get(job.label, {})) >= len(found.get(job.name, {})) > 0:
+            found[job.name] = before
+        self._write()
 
     def _let_one_be_alone(self) -> None:
         """Where a job asks for it: the others are stopped until it is over or asks no more."""
@@ -181,20 +186,26 @@ class Pool:
             for other in others:
                 other.ends += time.monotonic() - began
 
-    def _collect(self, always: bool = False) -> None:
+    def _collect(self) -> None:
         """Take over what jobs have told, and write it down."""
-        changed = always
+        changed = False
         for path in self.scratch.glob("*.json"):
             text = path.read_text()
-            if self._seen.get(path.name) == text:
+            if (seen := self._seen.get(path.name)) == text:
                 continue
             self._seen[path.name], changed = text, True
             part, name = path.stem.split(".", 1)
-            self.results["parts"].setdefault(part, {})[name] = json.loads(text)
+            found = self.results["parts"].setdefault(part, {})
+            if seen is None and name in found:
+                self._before[path.stem] = found[name]
+            found[name] = json.loads(text)
         if changed:
-            new = self.path.with_suffix(".new")
-            new.write_text(json.dumps(self.results, indent=1) + "\n")
-            new.replace(self.path)
+            self._write()
+
+    def _write(self) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.results, indent=1) + "\n")
+        new.replace(self.path)
 
 
 def _tree(pid: int) -> list[psutil.Process]:

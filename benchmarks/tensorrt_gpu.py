@@ -1,7 +1,7 @@
 """Real TensorRT engines on this machine's GPU: the tokens they give, and their speed.
 
     python benchmarks/tensorrt_gpu.py prepare DATA       (anywhere, with torch and transformers)
-    python benchmarks/tensorrt_gpu.py measure DATA OUT [--seconds S] [--results FILE] [PART ...]
+    python benchmarks/tensorrt_gpu.py measure DATA OUT [PART ...] [--seconds S] [--results FILE]
                                                          (with TensorRT and a GPU; no torch)
 
 `prepare` writes checkpoints and what the cpu target gives for them. `measure` builds and runs them
@@ -16,6 +16,7 @@ or one job of it, like tiny.olmoe. In the order in which they begin, where none 
     tiny_ranks  mixtures of experts on two tensor-parallel ranks
     half        mixtures of experts in float16: logits are close
     level       two layers of the 1B's shape at several optimisation levels: build time and TPOT
+    variant     the same build with one thing changed each (tensorrt_variants.py): its time
 
 Jobs run side by side on cores of their own. Build times are therefore those of a busy machine; for
 the measurement of TPOT all other jobs are stopped.
@@ -40,15 +41,16 @@ sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 import numpy as np  # noqa: E402
 import tensorrt_parts as parts  # noqa: E402
 from job_pool import Job, Pool  # noqa: E402
+from tensorrt_variants import VARIANTS  # noqa: E402
 
 RESULTS = "tensorrt_gpu.json"
 LAYOUTS = ("tensor_parallel", "pipeline_parallel")
-LEVELS = ("0", "1", "2", "3")
+LEVELS = ("0", "3", "1", "2")
 # The mixtures of the parity cases that differ in how they choose or compute experts.
 MIXTURES = ("olmoe", "mixtral", "qwen2-moe", "deepseek-v2", "deepseek-v3", "gpt-oss", "dbrx",
             "granitemoe", "glm4-moe", "qwen3-moe")  # fmt: skip
-# Options of the 1B's build, and the engines that it then has, each of which takes a core.
-SPEEDS = {"--weights-apart": 3, parts.DEFAULT: 8}
+# The 1B's builds by their options, and the engines that it then has, each of which takes a core.
+SPEEDS = {"weights-apart": 3, parts.DEFAULT: 8}
 
 
 # -- prepare ---------------------------------------------------------------------------------------
@@ -118,10 +120,12 @@ def all_jobs(tiny: list[str]) -> list[Job]:
         *(Job("tiny", name, 1, 150) for name in first[:1]),
         *(Job("half", name, 1, 150) for name in first),
         *(Job("tiny_ranks", name, 2, 150) for name in first),
-        *(Job("level", name, 1, 200) for name in LEVELS),
+        *(Job("level", name, 1, 200) for name in LEVELS[:2]),
+        *(Job("variant", name, 1, 200) for name in VARIANTS),
         *(Job("half", name, 1, 150) for name in others),
         *(Job("tiny_ranks", name, 2, 150) for name in others),
         Job("example", "float16", 3, 150),
+        *(Job("level", name, 1, 200) for name in LEVELS[2:]),
         *(Job("tiny", name, 1, 150) for name in (*mixtures[1:], *sorted({*tiny} - {*mixtures}))),
     ]
 
@@ -151,6 +155,9 @@ def measure(data: Path, out: Path, names: list[str], seconds: float, before: Pat
     pool = Pool(command, scratch, out, out / RESULTS, results)
     pool.run(jobs, seconds)
     for job in jobs:
+        if job.label not in results["seconds"]:
+            print(job.label, "not begun")
+            continue
         found = results["parts"].get(job.part, {}).get(job.name)
         print(job.label, json.dumps(found)[:2000], results["errors"].get(job.label, "")[-500:])
 

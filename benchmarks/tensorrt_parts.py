@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from job_pool import alone, report
+from tensorrt_variants import build_variant
 
 from llmforge.checkpoint.config import ModelConfig
 from llmforge.checkpoint.store import Checkpoint
@@ -196,7 +197,7 @@ def on_two_ranks(
 
 
 def speed(place: Place) -> None:
-    """name: the options of its build, joined by +."""
+    """name: options of its build, without their dashes and joined by +."""
     build_and_bench(place, "speed", options_of(place.name), repeat=3)
 
 
@@ -205,8 +206,15 @@ def level(place: Place) -> None:
     build_and_bench(place, "level", ("--optimization-level", place.name), repeat=1)
 
 
+def variant(place: Place) -> None:
+    """name: a change of TensorRT's configuration; the build of a few layers."""
+    checkpoint = made_checkpoint(place, "level")
+    limits = SPEED_LIMITS
+    place.report(build_variant(TARGET, place.name, checkpoint, place.engine, limits))
+
+
 def options_of(name: str) -> tuple[str, ...]:
-    return () if name == DEFAULT else tuple(name.split("+"))
+    return () if name == DEFAULT else tuple(f"--{option}" for option in name.split("+"))
 
 
 DEFAULT = "default"
@@ -215,11 +223,7 @@ DEFAULT = "default"
 def build_and_bench(place: Place, part: str, options: tuple[str, ...], repeat: int) -> None:
     """The 1B's shape, as the part changes it, in float16."""
     found: dict[str, Any] = {}
-    config_file = place.scratch / f"{place.label}.config"
-    checkpoint = place.scratch / f"{place.label}-checkpoint"
-    config_file.write_text(json.dumps(json.loads(SPEED_MODEL.read_text()) | SHAPES[part]))
-    llmforge("convert", "--from-config", config_file, "--random-weights", "--dtype", "float16",
-             "-o", checkpoint)  # fmt: skip
+    checkpoint = made_checkpoint(place, part)
     limits = [f"--{n.replace('_', '-')}={v}" for n, v in SPEED_LIMITS.items()]
     started = time.perf_counter()
     llmforge("build", checkpoint, "-o", place.engine, "--target", TARGET, *limits, *options)
@@ -241,6 +245,15 @@ def build_and_bench(place: Place, part: str, options: tuple[str, ...], repeat: i
         str(b): step_bytes(config, b, context) / found["bandwidth"] * 1e3 for b in SPEED_BATCHES
     }
     place.report(found)
+
+
+def made_checkpoint(place: Place, part: str) -> Path:
+    config_file = place.scratch / f"{place.label}.config"
+    checkpoint = place.scratch / f"{place.label}-checkpoint"
+    config_file.write_text(json.dumps(json.loads(SPEED_MODEL.read_text()) | SHAPES[part]))
+    llmforge("convert", "--from-config", config_file, "--random-weights", "--dtype", "float16",
+             "-o", checkpoint)  # fmt: skip
+    return checkpoint
 
 
 def equal(got: list[Any], expected: list[Any]) -> int:
@@ -306,4 +319,5 @@ PARTS: dict[str, Callable[[Place], None]] = {
     "tiny_ranks": tiny_ranks,
     "half": half,
     "level": level,
+    "variant": variant,
 }

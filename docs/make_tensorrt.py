@@ -211,7 +211,7 @@ def on_gpu() -> str:
         lines += _speed("Llama-3.2-1B's shape, float16", options, one)
     for level, one in _done(parts, "level", "build_s"):
         shape = "two layers of that shape, 8192 tokens of vocabulary"
-        lines += _speed(shape, f"--optimization-level {level}", one)
+        lines += _speed(shape, f"optimization-level {level}", one)
     return "\n".join(lines)
 
 
@@ -231,7 +231,7 @@ def _counted(what: str, said: str, right: dict[str, bool]) -> list[str]:
 
 def _speed(shape: str, options: str, speed: dict[str, Any]) -> list[str]:
     size = f"{speed['engine_bytes'] / 1e9:.2f} GB"
-    what = shape if options == "default" else f"{shape}, `{options.replace('+', ' ')}`"
+    what = shape if options == "default" else f"{shape}, `--{options.replace('+', ' --')}`"
     lines = [f"| {what}: build | {speed['build_s']:.0f} s, {size} |"]
     for batch, floor in speed.get("floor_ms", {}).items():
         found = _tpot(speed["bench"], int(batch))

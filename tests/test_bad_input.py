@@ -365,6 +365,24 @@ def engine_of_a_newer_format(w: World) -> list[object]:
     return w.run('{"token_ids": [1]}')
 
 
+@case("engine.yaml is corrupt (memory is None); build the engine again")
+def engine_with_a_field_of_the_wrong_kind(w: World) -> list[object]:
+    w.edit_manifest(w.engine1 / "engine.yaml", memory=None)
+    return ["inspect", w.engine1]
+
+
+@case("engine.yaml is corrupt (the manifest's model config is not valid")
+def engine_with_a_bad_config(w: World) -> list[object]:
+    w.edit_manifest(w.engine1 / "engine.yaml", config={"family": "llama"})
+    return w.run('{"token_ids": [1]}')
+
+
+@case("files beside its own, which would be lost: thesis.txt")
+def output_holds_files_of_others(w: World) -> list[object]:
+    (w.checkpoint / "thesis.txt").write_text("mine")
+    return ["convert", w.hf, "-o", w.checkpoint, "--overwrite"]
+
+
 @case("corrupt")
 def engine_with_a_corrupt_graph(w: World) -> list[object]:
     size = (w.engine1 / "rank0/graph.json").stat().st_size
@@ -435,6 +453,16 @@ def bench_longer_than_the_engine(w: World) -> list[object]:
 def a_changed_byte_is_found(w: World) -> list[object]:
     flip_byte(w.checkpoint / "model-00001-of-00001.safetensors")
     return ["verify", w.checkpoint]
+
+
+@case("nowhere is not a directory: --against takes the directory of the original model")
+def compared_with_nothing(w: World) -> list[object]:
+    return ["verify", w.engine1, "--against", w.out.parent / "nowhere"]
+
+
+@case("has no config.json: --against takes")
+def compared_with_a_checkpoint(w: World) -> list[object]:
+    return ["verify", w.checkpoint, "--against", w.checkpoint]
 
 
 @case("rank1/weights.safetensors")

@@ -81,7 +81,7 @@ def test_all_are_ended_when_the_time_is_over_and_what_they_told_is_kept(pool: An
     assert time.monotonic() - started < 20
     assert "child" in written(running)["parts"]["sleeps"]["a"]
     errors = written(running)["errors"]
-    assert "2 s of all jobs" in errors["sleeps.a"] and errors["sleeps.b"] == "not begun"
+    assert errors.keys() == {"sleeps.a"} and "2 s of all jobs" in errors["sleeps.a"]
 
 
 def test_results_add_to_earlier_ones_and_errors_go_when_it_works(pool: Any) -> None:
@@ -97,6 +97,14 @@ def test_results_add_to_earlier_ones_and_errors_go_when_it_works(pool: Any) -> N
     assert results["parts"]["works"] == {"a": {"began": True}, "b": 2}
     assert results["errors"].keys() == {"fails.a"}
     assert "this went wrong" in results["errors"]["fails.a"]
+
+
+def test_what_was_found_before_stays_where_a_job_does_not_come_as_far(pool: Any) -> None:
+    far, less = {"began": True, "same": True}, {}
+    running = pool({"parts": {"fails": {"far": far, "less": less}}})
+    running.run([Job("fails", "far", 1, 30), Job("fails", "less", 1, 30)], 60)
+    assert written(running)["parts"]["fails"] == {"far": far, "less": {"began": True}}
+    assert written(running)["errors"].keys() == {"fails.far", "fails.less"}
 
 
 def test_others_are_stopped_while_a_job_is_alone(pool: Any) -> None:

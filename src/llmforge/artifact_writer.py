@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from llmforge import checksum
-from llmforge.artifact import Manifest, hash_file, size_text
+from llmforge.artifact import Manifest, hash_file, listed, size_text
 from llmforge.errors import OutputError
 from llmforge.guard import FileLock, interrupts_wait, signals_raise
 
@@ -48,7 +48,8 @@ class ArtifactWriter:
     keeps two processes from writing to one output.
 
     Raises OutputError, on construction and on entry, where `output` cannot be written or holds
-    something else; with `overwrite`, only an artifact with the same `manifest_name` is replaced.
+    something else; with `overwrite`, only an artifact with the same `manifest_name` is replaced,
+    and only where it holds nothing else.
     """
 
     def __init__(self, output: Path, manifest_name: str, *, overwrite: bool = False) -> None:
@@ -91,9 +92,26 @@ class ArtifactWriter:
                         f"{shown} exists already; give --overwrite to replace it, "
                         "or name another output"
                     )
+                if others := self._others():
+                    raise OutputError(
+                        f"{shown} holds files beside its own, which would be lost: "
+                        f"{listed(others)}; move them, or name another output"
+                    )
             self._check_parent()
         except OSError as error:
             raise self._output_error(error) from error
+
+    def _others(self) -> list[str]:
+        """The files at the output that its manifest does not list; none where that is corrupt."""
+        import yaml
+
+        try:
+            text = (self.output / self._manifest_name).read_bytes()
+            own = set(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["files"])
+        except (yaml.YAMLError, ValueError, LookupError, TypeError):
+            return []
+        found = set(_files_below(self.output)) - {self._manifest_name}
+        return sorted(found - own)
 
     def _check_parent(self) -> None:
         parent = self.output.parent

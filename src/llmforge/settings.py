@@ -246,7 +246,11 @@ class BenchSettings:
     warmup: int = _option(1, "Unmeasured repetitions first.", minimum=0)
     repeat: int = _option(3, "Measured repetitions of each static batch.", minimum=1)
     seed: int = _option(0, "Seed of the random prompts.", minimum=0)
-    json: str | None = _option(None, "Write the report to this file as JSON.", metavar="FILE")
+    json: str | None = _option(
+        None,
+        "Write the report to this file as JSON; - is standard output, instead of tables.",
+        metavar="FILE|-",
+    )
 
 
 @dataclass(frozen=True)

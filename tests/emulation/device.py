@@ -41,7 +41,7 @@ class Device:
         self.stacks = -(-self._stacks.ctypes.data // 64) * 64
         self._seed = seed
         self._launches = 0
-        self._modules: dict[str, EmulatedModule] = {}
+        self._modules: dict[tuple[KernelSpec, str | None], EmulatedModule] = {}
         self._hidden = np.zeros((0, 2), np.uint64)
         self._copy = np.zeros(0, np.uint8)
         self.watched = np.zeros(0, np.uint8)
@@ -65,11 +65,11 @@ class Device:
         self, spec: KernelSpec, arch: str = "sm_90", text: str | None = None
     ) -> EmulatedModule:
         """The kernel, loaded; see `build.library`."""
-        if spec.key not in self._modules:
+        if (spec, text) not in self._modules:
             loaded = _copy_of(library(spec, arch, text))
-            self._modules[spec.key] = EmulatedModule(self, loaded, spec.entry)
-            self._hide_from(self._modules[spec.key])
-        return self._modules[spec.key]
+            self._modules[spec, text] = EmulatedModule(self, loaded, spec.entry)
+            self._hide_from(self._modules[spec, text])
+        return self._modules[spec, text]
 
     def next_seed(self) -> int:
         self._launches += 1

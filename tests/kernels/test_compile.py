@@ -19,7 +19,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 # Kernels that may spill, and how many bytes: fragments of 16 rows by 128 elements, keys and values
 # take all registers that two blocks a multiprocessor leave; what is kept over the calls of exp and
 # log, which greedy rows do not reach.
-SPILLS = {"attention": 64, "sample": 64}
+SPILLS = {"attention": 64, "sample": 96}
 FEW_SEQUENCES_SPILL = 64  # decode_attention's blocks of 8 warps, which leave half to the products'
 # A word of wide_gemm's, stored and loaded once: three warpgroups leave a lane 128 registers, half
 # of them for a wide tile's sums, and a product that weighs keeps the norm's weights beside these.

@@ -104,15 +104,21 @@ def test_keys_are_divided(how: str, case: Case, processors: int, warps: tuple[in
         check(chosen, processors)
 
 
-def test_parts_of_pairs_have_a_price() -> None:
-    case, processors = Case((3000, 1, 3, 40), head_dim=16, warps=2), 6
+def divided(case: Case, processors: int) -> torch.Tensor:
+    """What decode_plan.cu gives each block."""
     bench = Bench()
     bench.tensors = drawn(case, 0)
     launch, _ = launches(case, bench.tensors, fused=True)
     bench.run(launch, sequences=len(case.lens), processors=processors)
     plan = plan_of(case)
     blocks = plan.blocks * processors
-    found = bench.tensors["division"].flatten()[: blocks * plan.block_ints].view(blocks, -1)
+    return bench.tensors["division"].flatten()[: blocks * plan.block_ints].view(blocks, -1)
+
+
+def test_parts_of_pairs_have_a_price() -> None:
+    case, processors = Case((3000, 1, 3, 40), head_dim=16, warps=2), 6
+    found, plan = divided(case, processors), plan_of(case)
+    blocks = len(found)
     sequence, begin, share = found[:, 0], found[:, 2], found[0, 7]
     pad = plan.pair_cost * plan.warps // 2
     places = case.kv_heads * sum(-(-n // 16) + pad for n in case.lens)
@@ -120,6 +126,21 @@ def test_parts_of_pairs_have_a_price() -> None:
     lens = torch.tensor(case.lens)[sequence.clamp(min=0)]
     assert ((sequence < 0) | (begin * 16 < lens)).all(), "no block begins behind a pair's keys"
     assert (sequence[:-1] <= sequence[1:]).all() and sequence[-1] == len(case.lens) - 1
+
+
+def test_more_sequences_than_divide_at_once_lie_one_behind_the_other() -> None:
+    """decode_plan.cu has 512 threads, and each lays out a sequence at a time."""
+    case = Case(tuple(1 + 29 * i % 90 for i in range(1100)), head_dim=16, kv_heads=2, warps=1)
+    found = divided(case, processors=9)
+    quantum, pad, share = found[0, 5:8].tolist()
+    lengths = [-(-(-(-n // 16) + pad) // quantum) * quantum for n in case.lens]
+    pairs = [(s, h) for s, length in enumerate(lengths) for h in range(2) for _ in range(length)]
+    for block, (sequence, head, begin, length, left, *_) in enumerate(found.tolist()):
+        place = first = block * share
+        if not begin:  # a pair begins here, or behind the padding of the one before
+            first = next(i for i in range(place, len(pairs)) if pairs[i] != pairs[i - 1])
+        assert (sequence, head) == pairs[first] and length == case.lens[sequence]
+        assert left == share - (first - place)
 
 
 @pytest.mark.parametrize("warps", [1, None])

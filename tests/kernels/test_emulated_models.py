@@ -4,6 +4,7 @@ work together, and the tokens drawn."""
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,10 @@ from thread_comm import run_ranks
 
 from llmforge.comm import Comm, LocalComm
 from llmforge.engine.cpu.target import CpuTarget
+from llmforge.engine.cuda import executable
 from llmforge.engine.cuda.target import CudaTarget
+from llmforge.engine.device_sampling import GREEDY, PARAMS
+from llmforge.engine.step import SampleRow, SamplingParams
 from llmforge.model.decoder import trace
 from llmforge.parallel import Topology
 
@@ -115,6 +119,81 @@ def test_running_ahead_gives_the_same_tokens(dtype):
     with emulated_gpu():
         cuda = emulated_rank(config, 4)
         check_running_ahead(cuda, config.vocab_size, 6, ends_early=dtype == "float32")
+
+
+def test_what_runs_beside_waits_for_the_steps_arrays_and_is_waited_for(monkeypatch):
+    """By the order of what streams are given: the emulation has no two streams. A kernel may start
+    while the one before it runs only where it needs nothing of another stream."""
+    bind, overlaps, done = executable.CudaExecutable.bind, {}, []
+
+    def uses(instruction):
+        return {o.buffer for o in instruction.operands if not o.buffer.startswith("step.")}
+
+    def record(self, instruction, program, *, overlap=True):
+        overlaps[id(instruction)] = overlap
+        return bind(self, instruction, program, overlap=overlap)
+
+    monkeypatch.setattr(executable.CudaExecutable, "bind", record)
+    with emulated_gpu():
+        cuda = emulated_rank(of_dtype(MODELS["llama"], "bfloat16"), 4)
+        main, side = (
+            SimpleNamespace(cuda_stream=i, wait_stream=lambda _, i=i: done.append(f"{i} waits"))
+            for i in range(2)
+        )
+        monkeypatch.setattr(executable.torch.cuda, "current_stream", lambda: main)
+        for runner in (*cuda._general, *cuda._decodes.values()):
+            done.clear()
+            program, count = runner.program, len(runner.program.instructions)
+            beside, joins = program.beside, program.joins
+            assert 0 < beside < joins < count
+            written = set().union(*map(uses, program.instructions[:beside]))
+            assert written & uses(program.instructions[joins])
+            assert not any(written & uses(i) for i in program.instructions[beside:joins])
+            alone = [i for i in range(count) if not overlaps[id(program.instructions[i])]]
+            assert alone == [*range(beside + 1), joins]
+            runner._side = side
+            runner._fetch = lambda stream: done.append(("fetch", stream))
+            runner._calls = [lambda stream, i=i: done.append((i, stream)) for i in range(count)]
+            runner._launch_all(stop_after=count - 1)
+            assert done == [
+                ("fetch", 0),
+                "1 waits",
+                *((i, 1) for i in range(beside)),
+                *((i, 0) for i in range(beside, joins)),
+                "0 waits",
+                *((i, 0) for i in range(joins, count)),
+            ]
+
+
+def test_steps_have_the_smallest_program_that_fits():
+    with emulated_gpu():
+        cuda = emulated_rank(MODELS["llama"], 4)
+    for count, size in ((1, 1), (2, 2), (3, 4), (4, 4)):
+        driver = Driver(LIMITS, 300, seed=1, prompts=(1,) * count)
+        batch = driver.batch([1] * count)
+        shape = cuda._runner_of(batch).program.shape
+        assert shape.decode and shape.tokens == shape.sequences == size
+        for rows in (batch.logit_rows[::-1], batch.logit_rows[:-1]):
+            other = dataclasses.replace(batch, logit_rows=rows)
+            decode = cuda._runner_of(other).program.shape.decode
+            assert decode == (count == len(rows) == 1), "all are wanted, in order"
+
+
+def test_what_fills_up_a_bucket_draws_nothing():
+    """Whatever the step before had there: its rows would read histories that are gone."""
+    with emulated_gpu():
+        cuda = emulated_rank(MODELS["llama"], 4)
+        runner, staging = cuda._decodes[4], cuda.memory.next_staging()
+        driver = Driver(LIMITS, 300, seed=1, prompts=(5, 9, 8))
+        driver.append([1, 2, 3], [0, 1, 2])
+        row = SampleRow(SamplingParams(temperature=1.0, top_p=0.5), 6, np.zeros(0, np.int32))
+        params = staging.array(runner.program, "sampling", PARAMS)
+        for sampling in ((row,) * 3, ()):
+            params[:] = 77
+            batch = dataclasses.replace(driver.batch([1, 1, 1]), sampling=sampling)
+            runner._write(batch, staging)
+            assert (params[len(sampling) :] == GREEDY).all()
+            assert (params[: len(sampling)] != GREEDY).all(), "these are written before"
 
 
 def test_the_decode_step_that_is_timed_is_the_one_asked_for():

@@ -67,12 +67,25 @@ def test_tiles(keys: int, window: int | None) -> None:
     check(Prompts(**MIXED, head_dim=16, keys=keys, window=window))
 
 
-@pytest.mark.parametrize("window", [None, 150])
-def test_the_list_has_every_token_once_and_long_items_first(window: int | None) -> None:
-    count = 70  # more sequences than a block has warps
-    tokens = tuple(1 + 37 * i % 200 * (i % 3 == 0) for i in range(count))
-    past = tuple(97 * i % 3000 for i in range(count))
-    case = Prompts(tokens, past, window=window, keys=16)
+_MANY = tuple((1 + 37 * i % 200 * (i % 3 == 0), 97 * i % 3000) for i in range(70))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "options"),
+    [
+        (_MANY, {}),  # more sequences than a block has warps
+        (_MANY, {"window": 150}),
+        (((200, 0), (1, 300)), {"group": 64, "kv_heads": 1}),  # more items than a warp has lanes
+        (((3, 17_000), (1, 20), (2, 18_000), (40, 0)), {"head_dim": 16}),  # more tiles than places
+    ],
+    ids=["many", "window", "large-group", "long"],
+)
+def test_the_list_has_every_token_once_and_long_items_first(
+    sequences: tuple[tuple[int, int], ...], options: dict[str, Any]
+) -> None:
+    count, (tokens, past) = len(sequences), zip(*sequences, strict=True)
+    case = Prompts(tokens, past, keys=16, **options)
+    window = case.window
     bench = Bench()
     bench.tensors = drawn(case, 0)
     launch, _ = launches(case, bench.tensors)
@@ -87,7 +100,7 @@ def test_the_list_has_every_token_once_and_long_items_first(window: int | None) 
         end = -(-(position + min(left, most)) // case.plan.keys)
         items.append((end - first // case.plan.keys, range(token, token + min(left, most))))
     assert sorted(t for _, each in items for t in each) == list(range(sum(tokens)))
-    lengths = [tiles for tiles, _ in items]
+    lengths = [min(tiles, 1023) for tiles, _ in items]
     assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
     assert all(row == [-9] * 4 for row in rows[found:])
 

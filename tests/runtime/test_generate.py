@@ -109,6 +109,24 @@ def test_a_step_begins_while_the_one_before_runs():
     assert all(0 < c.ttft <= c.latency and c.num_drawn == 10 for c in done)
 
 
+def test_the_time_of_steps_that_overlap_is_counted_once():
+    executable, times = AheadToyExecutable(limits()), [0.0]
+
+    def clock():
+        times.append(times[-1] + 1)
+        return times[-1]
+
+    seconds = []
+    with Session(executable, LocalComm(), vocab_size=VOCAB, clock=clock) as session:
+        session.add(Request(0, tuple(prompts(1, 3)[0]), 6))
+        began = times[-1] + 1
+        while session.has_work:
+            session.step()
+            seconds.append(session.last_step.seconds)
+    assert executable.ahead == [False] + [True] * 5
+    assert min(seconds) > 0 and sum(seconds) == times[-1] - began
+
+
 def test_what_is_drawn_ahead_behind_an_end_is_dropped():
     tokens = tuple(prompts(1, 3)[0])
     all_tokens = reference(Request(0, tokens, 10), 32)

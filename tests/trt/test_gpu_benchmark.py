@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("transformers")
 
 PROGRAM = Path(__file__).with_name("emulated_gpu_benchmark.py")
 JOBS = ("speed", "example.float32", "ranks.pipeline_parallel", "tiny.olmoe", "half.mixtral",
-        "tiny_ranks.mixtral")  # fmt: skip
+        "tiny_ranks.mixtral", "variant.older-shapes")  # fmt: skip
 
 
 def benchmark(directory: Path, *arguments: object) -> None:
@@ -28,6 +29,20 @@ def benchmark(directory: Path, *arguments: object) -> None:
 
 def found(path: Path) -> Any:
     return json.loads((path / "tensorrt_gpu.json").read_text())
+
+
+def test_of_several_formats_the_plain_one_of_two_bytes_is_taken() -> None:
+    sys.path.append(str(PROGRAM.parents[2] / "benchmarks"))
+    from tensorrt_variants import plain
+
+    def choice(*edges: tuple[str, int]) -> Any:
+        infos = [SimpleNamespace(dtype=dtype, vectorized_dim=dim) for dtype, dim in edges]
+        return SimpleNamespace(get_algorithm_io_info=infos.__getitem__)
+
+    ids = ("int32", -1)
+    wide, half, eights = (choice(ids, edge) for edge in (("f", -1), ("h", -1), ("h", 1)))
+    assert plain([wide, half, eights], 2, "h") == [1]
+    assert plain([wide, eights], 2, "h") == [0, 1]
 
 
 @pytest.mark.slow
@@ -44,6 +59,8 @@ def test_every_part_is_measured_and_adds_to_what_was_found_before(tmp_path: Path
     assert parts["tiny_ranks"]["mixtral"]["same_tokens"] == 6
     logits = parts["half"]["mixtral"]["logits"]
     assert logits["max_difference"] <= logits["tolerance"]
+    assert parts["variant"]["older-shapes"]["engine_bytes"] > 0
+    assert parts["speed"].keys() == {"default", "weights-apart"}
     for speed in parts["speed"].values():
         assert {report["batch_size"] for report in speed["bench"]["latency"]} == {1, 8}
         assert speed["floor_ms"].keys() == {"1", "8"}

@@ -117,3 +117,24 @@ def test_engines_of_a_layer_each_give_them_exactly(name: str) -> None:
 def test_each_two_byte_type_in_each_column(name: str) -> None:
     check(differences(name, "float16", columns=("native",)))
     check(differences(name, "bfloat16", columns=("primitives",)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["mixture", "mixture-of-groups", "latent-mixture"])
+def test_experts_chosen_without_top_k_on_two_ranks(name: str, dtype: str) -> None:
+    """As TensorRT 8.6 has them, a layer an engine, with collectives between engines."""
+    config = config_of(name, dtype)
+    if dtype != "float32":
+        config = without_choice(config)
+    checkpoint, topology = MemoryCheckpoint(config), Topology(2, 1)
+    without = {"top_k": False}
+    lowered = lower(checkpoint, primitives=True, topology=topology, layers=1, features=without)
+    kinds = {
+        step.kind
+        for rank in lowered
+        for program in rank.programs.values()
+        for step in program.steps
+    }
+    assert "TOPK" not in kinds and "MATRIX_MULTIPLY" in kinds
+    got = network_logits(config, lowered, topology)
+    assert compare(config, got, reference_logits(checkpoint)).within

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import click
 
 from llmforge.cli.options import PATH, config_option, given, project_settings, settings_options
 from llmforge.errors import OutputError
+from llmforge.replacing import may_write, replace_file
 from llmforge.settings import BenchSettings
 from llmforge.settings_reading import merge
 
@@ -41,7 +41,7 @@ def command(engine: Path | None, config_file: Path | None, **options: Any) -> in
 
     opened = open_engine(engine, project.engine, config_file, "bench")
     check_bench(settings, opened.limits)
-    report_file = None if settings.json is None else Path(settings.json)
+    report_file = None if settings.json in (None, "-") else Path(settings.json)
     if report_file is not None and is_speaker():
         _check_writable(report_file)
     return run_ranks(
@@ -56,13 +56,13 @@ def _check_writable(path: Path) -> None:
         raise OutputError(f"cannot write {path}: it is a directory")
     if not parent.is_dir():
         raise OutputError(f"cannot write {path}: {parent} is not a directory")
-    if not os.access(path if path.exists() else parent, os.W_OK):
+    if not may_write(path):
         raise OutputError(f"cannot write {path}: permission denied")
 
 
 def _work(comm: Comm, engine: Engine, settings: BenchSettings, report_file: Path | None) -> int:
     """One rank's part."""
-    from llmforge.cli.console import status
+    from llmforge.cli.console import print_json, status
     from llmforge.runtime.bench import bench
     from llmforge.runtime.environment import environment
     from llmforge.runtime.generate import follow
@@ -81,7 +81,10 @@ def _work(comm: Comm, engine: Engine, settings: BenchSettings, report_file: Path
             environment=environment(),
             on_progress=status,
         )
-        _print_report(report)
+        if settings.json == "-":
+            print_json(report.to_dict())
+        else:
+            _print_report(report)
         if report_file is not None:
             _write_report(report, report_file)
     executable.close()
@@ -89,10 +92,8 @@ def _work(comm: Comm, engine: Engine, settings: BenchSettings, report_file: Path
 
 
 def _write_report(report: BenchReport, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-        os.replace(partial, path)
+        replace_file(path, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 

@@ -42,7 +42,12 @@ if TYPE_CHECKING:
     help="Make a model of this shape instead of reading one; needs --random-weights.",
 )
 @click.option("--random-weights", is_flag=True, help="Draw the weights of --from-config.")
-@click.option("--seed", type=int, metavar="N", help="Seed of the random weights. Default: 0.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Seed of the random weights. Default: 0.",
+)
 @definition_option
 @settings_options(ConvertSettings)
 def command(

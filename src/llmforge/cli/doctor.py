@@ -44,7 +44,10 @@ def command(as_json: bool) -> None:
     print_table(
         "Targets",
         ("target", "state"),
-        [(name, reason or "available") for name, reason in findings["targets"].items()],
+        [
+            (name, reason or _available(name, findings["machine"]["gpus"]))
+            for name, reason in findings["targets"].items()
+        ],
     )
     mpi = findings["mpi"]
     state = mpi["problem"] or "available"
@@ -93,7 +96,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _targets() -> dict[str, str | None]:
-    """Why each target cannot be used here; None for one that can."""
+    """Why engines cannot be built here for each target; None where they can."""
     from llmforge.engine.target import TARGETS, target
     from llmforge.errors import TargetError
 
@@ -105,6 +108,15 @@ def _targets() -> dict[str, str | None]:
         except (TargetError, ImportError) as error:
             reasons[name] = " ".join(str(error).split())
     return reasons
+
+
+def _available(name: str, gpus: list[str]) -> str:
+    """What a target is available for where nothing is missing to build for it."""
+    from llmforge.engine.target import target
+
+    if target(name).needs_gpu and not gpus:
+        return "available to build; its engines run on an NVIDIA GPU, and there is none here"
+    return "available"
 
 
 def _mpi() -> dict[str, Any]:

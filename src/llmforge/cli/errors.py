@@ -97,7 +97,8 @@ def _say(line: str, code: int) -> int:
         traceback.print_exc()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    # In one piece, even where streams are unbuffered: mpirun puts lines of its own between pieces.
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)
     return code
 
 

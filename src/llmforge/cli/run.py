@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llmforge.runtime.requests import Completion, PromptEntry, Request
     from llmforge.runtime.tokenizer import Tokenizer
 
+_STANDARD_INPUT = ("-", "/dev/stdin")
+
 
 @click.command("run")
 @click.argument("engine", type=PATH, required=False, metavar="[ENGINE]")
@@ -68,9 +70,23 @@ def _settings(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> RunSe
 
 
 def _stdin(settings: RunSettings) -> bytes | None:
-    from llmforge.cli.stdin import read_stdin
+    """The prompts where they can be read only once: from standard input, or from a pipe, like that
+    of `--prompts <(command)`. Ranks that are started here get them handed on."""
+    from llmforge.cli.stdin import handed_on, read_stdin
 
-    return read_stdin() if settings.prompts == "-" else None
+    if settings.prompts is None:
+        return None
+    if settings.prompts in _STANDARD_INPUT:
+        return read_stdin()
+    if (data := handed_on()) is not None:
+        return data
+    path = Path(settings.prompts)
+    if not path.exists() or path.is_file() or path.is_dir():
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read prompts from {path}: {error.strerror}") from error
 
 
 def _entries(settings: RunSettings, stdin: bytes | None) -> list[PromptEntry]:
@@ -83,7 +99,7 @@ def _entries(settings: RunSettings, stdin: bytes | None) -> list[PromptEntry]:
     ]
     if settings.prompts is None:
         return entries
-    name = "standard input" if stdin is not None else settings.prompts
+    name = "standard input" if settings.prompts in _STANDARD_INPUT else settings.prompts
     try:
         data = Path(settings.prompts).read_bytes() if stdin is None else stdin
         text = data.decode("utf-8-sig")

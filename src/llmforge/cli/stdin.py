@@ -21,10 +21,16 @@ STDIN_VARIABLE = "LLMFORGE_STDIN"
 _IDLE = 0.5
 
 
+def handed_on() -> bytes | None:
+    """As a rank, what the process that started mpirun had read, if anything."""
+    path = os.environ.get(STDIN_VARIABLE)
+    return Path(path).read_bytes() if path else None
+
+
 def read_stdin() -> bytes:
     """All of the standard input."""
-    if path := os.environ.get(STDIN_VARIABLE):
-        return Path(path).read_bytes()
+    if (data := handed_on()) is not None:
+        return data
     if current_job() is None:
         return sys.stdin.buffer.read()
     launcher = f"/proc/{os.getppid()}/fd/0"

@@ -66,6 +66,12 @@ def command(
     from llmforge.cli.stages import kind_of
 
     kind = kind_of(path)
+    if against is not None and not (against / "config.json").is_file():
+        what = "has no config.json" if against.is_dir() else "is not a directory"
+        raise VerificationError(
+            f"{against} {what}: --against takes the directory of the original model, as "
+            "transformers reads it"
+        )
     if ops:
         return _verify_ops(path, kind, stop_after, as_json)
     if against is not None and kind == "engine":

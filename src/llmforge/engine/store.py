@@ -21,6 +21,11 @@ from llmforge.parallel import Topology
 MANIFEST = "engine.yaml"
 KIND = "engine"
 FORMAT_VERSION = 1
+# What engine.yaml holds beside what `read_manifest` checks.
+_KINDS = {
+    **dict.fromkeys(("created_from", "topology", "limits", "config", "target_details"), dict),
+    "memory": list,
+}
 GRAPH_FILE = "graph.json"  # in each rank's directory, whatever the target
 
 
@@ -56,6 +61,9 @@ class Engine:
         manifest = read_manifest(directory, MANIFEST, KIND, FORMAT_VERSION)
         data = manifest.data
         try:
+            for name, kind in _KINDS.items():
+                if not isinstance(data[name], kind):
+                    raise StoreError(f"{name} is {data[name]!r}")
             return cls(
                 directory,
                 manifest,
@@ -64,9 +72,10 @@ class Engine:
                 Limits(**data["limits"]),
                 ModelConfig.from_dict(data["config"]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, StoreError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise StoreError(
-                f"{directory / MANIFEST} is corrupt ({type(error).__name__}: {error}); "
+                f"{directory / MANIFEST} is corrupt ({reason}); "
                 "build the engine again with: llmforge build"
             ) from error
 

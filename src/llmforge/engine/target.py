@@ -100,13 +100,18 @@ class Target(Protocol):
         otherwise."""
         ...
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether engines run on an NVIDIA GPU alone, wherever they are built."""
+        ...
+
     def details(self) -> dict[str, Any]:
         """What engine.yaml says of how the target built, as plain values."""
         ...
 
     def available(self) -> str | None:
-        """None where this machine can build for and run the target, else the reason in a line
-        (what is missing, and the command that installs it)."""
+        """None where this machine can build for the target, else the reason in a line (what is
+        missing, and the command that installs it). What it lacks to run an engine, `load` says."""
         ...
 
     def prepare(self, graph: Graph) -> Graph:

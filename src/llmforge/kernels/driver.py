@@ -27,6 +27,22 @@ from llmforge.kernels.launch import (
 _HANDLE_BYTES = 64
 
 
+_OTHER_GPU = (
+    "the kernels are damaged, or for another GPU: build the engine again on this machine, or with "
+    "its --arch"
+)
+# What is to be done about some of the driver's errors.
+_ADVICE = {
+    "CUDA_ERROR_OUT_OF_MEMORY": "the GPU has too little memory left: end what else uses it, or "
+    "build the engine with fewer --kv-cache-tokens",
+    "CUDA_ERROR_NO_BINARY_FOR_GPU": _OTHER_GPU,
+    "CUDA_ERROR_INVALID_IMAGE": _OTHER_GPU,
+    "CUDA_ERROR_INVALID_PTX": _OTHER_GPU,
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the engine has no kernels compiled for this GPU, and "
+    "the driver is too old to compile them: update it, or build the engine with this GPU's --arch",
+}
+
+
 class DriverError(TargetError):
     """A call of the CUDA driver failed."""
 
@@ -35,10 +51,8 @@ def check(result: Any) -> Any:
     """The values of a driver call (status, *values). Raises DriverError."""
     status, *values = result
     if int(status) != 0:
-        raise DriverError(
-            f"the CUDA driver failed with {status.name}; the kernels may have been compiled for "
-            "another GPU: build the engine again on this machine, or with its --arch"
-        )
+        advice = f"; {_ADVICE[status.name]}" if status.name in _ADVICE else ""
+        raise DriverError(f"the CUDA driver failed with {status.name}{advice}")
     return values[0] if values else None
 
 

@@ -40,6 +40,7 @@ class CpuTarget:
     name = "cpu"
     linear_cache = False
     compiles_apart = False
+    needs_gpu = False
 
     def configured(self, settings: BuildSettings) -> CpuTarget:
         return self

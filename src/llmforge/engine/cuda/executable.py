@@ -191,8 +191,8 @@ class CudaExecutable:
 
     def _runner_of(self, batch: StepBatch) -> _Runner:
         count = batch.num_sequences
-        is_decode = batch.num_tokens == count == len(batch.logit_rows)
-        if is_decode and np.array_equal(batch.logit_rows, np.arange(count, dtype=np.int32)):
+        every_row = np.arange(count, dtype=np.int32)
+        if batch.num_tokens == count and np.array_equal(batch.logit_rows, every_row):
             sizes = [size for size in self._decodes if size >= count]
             if sizes:
                 return self._decodes[min(sizes)]

@@ -19,7 +19,7 @@ from llmforge.engine.cuda.step_ends import DRAWN
 from llmforge.engine.step import Limits
 from llmforge.kernels import attention
 from llmforge.kernels import launch as kernels
-from llmforge.kernels.launch import Operand
+from llmforge.kernels.launch import Launch, Operand
 from llmforge.model.graph import Graph, Node
 
 
@@ -122,35 +122,20 @@ def _layer_norm(low: Lowering, node: Node) -> None:
     low.emit(kernels.layer_norm(out, x, weight, bias, **node.attrs), node.outputs[0])
 
 
-def _activation(low: Lowering, node: Node) -> None:
-    x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
-    low.emit(kernels.activation(out, x, **node.attrs), node.outputs[0])
-
-
-def _square_sum(low: Lowering, node: Node) -> None:
-    x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
-    low.emit(kernels.square_sum(out, x), node.outputs[0])
-
-
 def _rms_norm_by(low: Lowering, node: Node) -> None:
     x, sums, weight = (low.operand(name) for name in node.inputs)
     out = low.new(node.outputs[0])
     low.emit(kernels.rms_norm_by(out, x, sums, weight, **node.attrs), node.outputs[0])
 
 
-def _scale(low: Lowering, node: Node) -> None:
-    x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
-    low.emit(kernels.scale(out, x, **node.attrs), node.outputs[0])
+def _of_one(launch: Callable[..., Launch]) -> Callable[[Lowering, Node], None]:
+    """The row of an op of one tensor, which one kernel computes."""
 
+    def lower_node(low: Lowering, node: Node) -> None:
+        x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
+        low.emit(launch(out, x, **node.attrs), node.outputs[0])
 
-def _clamp(low: Lowering, node: Node) -> None:
-    x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
-    low.emit(kernels.clamp(out, x, **node.attrs), node.outputs[0])
-
-
-def _soft_cap(low: Lowering, node: Node) -> None:
-    x, out = low.operand(node.inputs[0]), low.new(node.outputs[0])
-    low.emit(kernels.soft_cap(out, x, **node.attrs), node.outputs[0])
+    return lower_node
 
 
 def _select_rows(low: Lowering, node: Node) -> None:
@@ -181,15 +166,15 @@ LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
     "attention": _attention,
     "scored_attention": _attention,
     "layer_norm": _layer_norm,
-    "activation": _activation,
-    "scale": _scale,
-    "soft_cap": _soft_cap,
-    "square_sum": _square_sum,
+    "activation": _of_one(kernels.activation),
+    "scale": _of_one(kernels.scale),
+    "soft_cap": _of_one(kernels.soft_cap),
+    "square_sum": _of_one(kernels.square_sum),
     "rms_norm_by": _rms_norm_by,
     "gated_activation": _gated_activation,
     "latent_attention": latent.latent_attention,
     "head_linear": latent.head_linear,
-    "clamp": _clamp,
+    "clamp": _of_one(kernels.clamp),
     "route": experts.route,
     "experts": experts.experts,
     "token_gate": experts.token_gate,

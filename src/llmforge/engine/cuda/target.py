@@ -46,6 +46,7 @@ class CudaTarget:
     name = "cuda"
     linear_cache = False
     compiles_apart = False
+    needs_gpu = True
 
     def __init__(
         self, archs: Sequence[str] = (), cache: Path | None = compiler.DEFAULT_CACHE

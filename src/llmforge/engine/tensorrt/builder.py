@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from llmforge.engine.target import Weights
-from llmforge.engine.tensorrt.cache_file import cache_path, replace_file
+from llmforge.engine.tensorrt.cache_file import cache_path
 from llmforge.engine.tensorrt.io import Profile
 from llmforge.engine.tensorrt.lowering.rank import Engine
 from llmforge.engine.tensorrt.package import Package
 from llmforge.engine.tensorrt.written_file import WrittenFile
 from llmforge.errors import BuildError
+from llmforge.replacing import replace_file
 
 _RELEASE_SECONDS = 0.1
 

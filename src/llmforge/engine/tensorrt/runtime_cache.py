@@ -12,9 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmforge.engine.tensorrt.cache_file import cache_path, replace_file
+from llmforge.engine.tensorrt.cache_file import cache_path
 from llmforge.engine.tensorrt.io import DECODE
 from llmforge.engine.tensorrt.package import Package
+from llmforge.replacing import replace_file
 
 
 def runtime_cache_path(package: Package, gpu: str) -> Path:

@@ -21,7 +21,6 @@ from llmforge.engine.store import GRAPH_FILE
 from llmforge.engine.target import Checksums, Executable, Weights
 from llmforge.engine.tensorrt import package as packages
 from llmforge.engine.tensorrt.builder import BuildOptions, build_engine, timing_cache_path
-from llmforge.engine.tensorrt.cache_file import may_write
 from llmforge.engine.tensorrt.io import DECODE, PREFILL, profiles
 from llmforge.engine.tensorrt.lowering.rank import Engine, RankLowering, model_dtype
 from llmforge.engine.tensorrt.package import Package
@@ -34,6 +33,7 @@ from llmforge.kernels import compile as compiler
 from llmforge.kernels.images import ARCHS, PTX_ARCH, Index, write_images
 from llmforge.model.graph import Graph
 from llmforge.parallel import Topology
+from llmforge.replacing import may_write
 from llmforge.settings import BuildSettings
 
 _INDEX_LIMIT = 2**31 - 1  # elements of a tensor that TensorRT can index
@@ -49,6 +49,7 @@ class TensorRTTarget:
 
     linear_cache = True
     compiles_apart = True
+    needs_gpu = True
 
     def __init__(
         self, name: str, options: BuildOptions | None = None, package: Package | None = None
