@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nemo_layout import NemoWriter, as_yaml, below, nemo1_config, pack
 from parts import model_parts
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from llmforge.checkpoint.convert import convert
 from llmforge.checkpoint.sources.blocks import Chunk, from_chunks
@@ -236,11 +237,10 @@ def test_nemo_2(hf: Hf, assert_same: Hf, tmp_path: Path, case: str) -> None:
     files = below("weights", NemoWriter(parts, padded_to=16).torch_dist(2))
     files["context/model.yaml"] = as_yaml(nemo2_config(parts, name, **fields))
     files["context/io.json"] = b"{}"
-    tokenizer = {
-        "model": {"vocab": {f"t{i}": i for i in range(100)}},
-        "added_tokens": [{"content": "</s>", "id": 100}],
-    }
-    files["context/nemo_tokenizer/tokenizer.json"] = json.dumps(tokenizer).encode()
+    vocabulary = {f"t{i}": i for i in range(100)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="t0"))
+    tokenizer.add_special_tokens(["</s>"])
+    files["context/nemo_tokenizer/tokenizer.json"] = tokenizer.to_str().encode()
     files["context/nemo_tokenizer/tokenizer_config.json"] = b'{"eos_token": "</s>"}'
     files["context/generation_config/generation_config.json"] = b'{"eos_token_id": [5, 100]}'
     nemo = pack(tmp_path / "nemo", files, "directory")
