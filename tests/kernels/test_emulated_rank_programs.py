@@ -89,6 +89,7 @@ class Weights:
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", [str(Path("benchmarks").absolute()), *sys.path])
     import cuda_ranks
+    import cuda_speed
 
     def bound(self: Any, made: Any) -> EmulatedLaunch:
         module = Device().module(made.launch.kernel)
@@ -106,6 +107,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     }  # fmt: skip
     for name, value in replaced.items():
         monkeypatch.setattr(cuda_ranks, name, value)
+    monkeypatch.setattr(cuda_speed, "torch", replaced["torch"])
     monkeypatch.setattr(cuda_ranks.Sums, "_bound", bound)
     monkeypatch.setattr(CudaExecutable, "time_decode", lambda self, step, repeat: 1e-3)
     return cuda_ranks
