@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from llmforge.replacing import replace_file
+
 TICK = 0.2
 LAST_WORDS = 3000  # characters of a failed job's log
 
@@ -44,9 +46,7 @@ class Job:
 
 def report(scratch: Path, label: str, found: Any) -> None:
     """What a job has found so far, in place of what it told before."""
-    path = scratch / f"{label}.json"
-    path.with_suffix(".new").write_text(json.dumps(found))
-    path.with_suffix(".new").replace(path)
+    replace_file(scratch / f"{label}.json", json.dumps(found).encode())
 
 
 @contextlib.contextmanager
@@ -203,9 +203,7 @@ class Pool:
             self._write()
 
     def _write(self) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self.results, indent=1) + "\n")
-        new.replace(self.path)
+        replace_file(self.path, (json.dumps(self.results, indent=1) + "\n").encode())
 
 
 def _tree(pid: int) -> list[psutil.Process]:

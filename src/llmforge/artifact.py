@@ -80,8 +80,6 @@ class Manifest:
 def read_manifest(directory: Path, manifest_name: str, kind: str, format_version: int) -> Manifest:
     """The manifest of the artifact of this kind. Raises StoreError where there is none, where it
     is corrupt, of another kind, or of a format newer than `format_version`."""
-    import yaml
-
     path = directory / manifest_name
     try:
         if not path.is_file():
@@ -89,15 +87,23 @@ def read_manifest(directory: Path, manifest_name: str, kind: str, format_version
         text = path.read_bytes()
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
+    data = parse_manifest(path, text)
+    _check_manifest(path, data, kind, format_version)
+    return Manifest.of(directory, data, text)
+
+
+def parse_manifest(path: Path, text: bytes) -> Any:
+    """What the YAML of a manifest at `path` says, of whatever kind. Raises StoreError where it is
+    no YAML."""
+    import yaml
+
     try:
-        data = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None) or type(error).__name__
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise StoreError(f"{path} is corrupt ({problem}{where}); make it again") from error
-    _check_manifest(path, data, kind, format_version)
-    return Manifest.of(directory, data, text)
 
 
 def _why_no_manifest(directory: Path, manifest_name: str, kind: str) -> str:

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from llmforge import checksum
-from llmforge.artifact import Manifest, hash_file, listed, size_text
-from llmforge.errors import OutputError
+from llmforge.artifact import Manifest, hash_file, listed, parse_manifest, size_text
+from llmforge.errors import OutputError, StoreError
 from llmforge.guard import FileLock, interrupts_wait, signals_raise
 
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -103,12 +103,10 @@ class ArtifactWriter:
 
     def _others(self) -> list[str]:
         """The files at the output that its manifest does not list; none where that is corrupt."""
-        import yaml
-
+        manifest = self.output / self._manifest_name
         try:
-            text = (self.output / self._manifest_name).read_bytes()
-            own = set(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["files"])
-        except (yaml.YAMLError, ValueError, LookupError, TypeError):
+            own = set(parse_manifest(manifest, manifest.read_bytes())["files"])
+        except (StoreError, LookupError, TypeError):
             return []
         found = set(_files_below(self.output)) - {self._manifest_name}
         return sorted(found - own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 
 import pytest
 from compiling import compile_all
@@ -144,7 +145,7 @@ def test_where_nothing_can_be_kept_kernels_compile_nevertheless(broken, tmp_path
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(compiler.os, "rename", full)
+        monkeypatch.setattr(os, "replace", full)
     assert compile_kernel(RELU, "sm_90", cache).image == compile_kernel(RELU, "sm_90").image
     assert {path.suffix for path in cache.glob("*")} <= {".lock"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,22 +120,27 @@ def _verify_ops(path: Path, kind: str, stop_after: int | None, as_json: bool) ->
     with contextlib.closing(load_executable(engine, LocalComm())) as executable:
         assert isinstance(executable, CudaExecutable)
         for name, batch in checking.steps_to_check(executable, engine.config.vocab_size):
-            checks = []
-            for check in checking.check_instructions(executable, batch, stop_after=stop_after):
-                checks.append(check)
-                if not check.passed:
-                    wrong = f"{name}: {check}"
-                    break
+            made = checking.check_instructions(executable, batch, stop_after=stop_after)
+            checks = list(_until_wrong(made))
             steps.append({"step": name, "checks": [check.to_dict() for check in checks]})
             if not as_json:
                 _print_checks(name, checks, each=stop_after is not None)
-            if wrong:
+            if checks and not checks[-1].passed:
+                wrong = f"{name}: {checks[-1]}"
                 break
     if as_json:
         print_json({**_result(engine.manifest, kind, []), "steps": steps})
     if wrong:
         raise VerificationError(wrong)
     return 0
+
+
+def _until_wrong(checks: Iterable[Check]) -> Iterator[Check]:
+    """The checks, up to the first that does not pass: it is the last."""
+    for check in checks:
+        yield check
+        if not check.passed:
+            return
 
 
 def _print_checks(step: str, checks: list[Check], *, each: bool) -> None:

@@ -11,15 +11,14 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from llmforge.errors import BuildError
+from llmforge.replacing import replace_file
 
 DEFAULT_CACHE = Path("~/.cache/llmforge/kernels")
 _INCLUDE = re.compile(rb'^#include "([a-z_]+\.cuh)"', re.MULTILINE)
@@ -139,8 +138,8 @@ def compile_kernel(spec: KernelSpec, arch: str, cache: Path | None = None) -> Co
             return Compiled(image.read_bytes(), log.read_text())
         compiled = _compile(spec, arch)
         with contextlib.suppress(OSError):
-            _write(log, compiled.log.encode())
-            _write(image, compiled.image)
+            replace_file(log, compiled.log.encode())
+            replace_file(image, compiled.image)
         return compiled
 
 
@@ -228,14 +227,3 @@ def locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _write(path: Path, data: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        os.rename(name, path)
-    except OSError:
-        os.unlink(name)
-        raise

@@ -136,18 +136,17 @@ def resolve(
     def value(name: str) -> Any:
         return entry.fields.get(name, getattr(settings, name))
 
-    sampling = {name: found for name in SAMPLING_FIELDS if (found := value(name)) is not None}
-    fallback = {name: defaults[name] for name in defaults if name in SAMPLING_FIELDS}
     eos = defaults.get("eos_token_ids") or tuple(eos_token_ids)
     if not eos and tokenizer is not None and tokenizer.eos_token_id is not None:
         eos = (tokenizer.eos_token_id,)
     try:
-        # Checked again here: settings may come from a caller.
-        sampling = {name: _check_number(name, found) for name, found in sampling.items()}
-        sampling = {
-            **{n: _check_default(n, v) for n, v in fallback.items() if n not in sampling},
-            **sampling,
-        }
+        sampling = {}
+        for name in SAMPLING_FIELDS:
+            # Checked again here: settings may come from a caller.
+            if (found := value(name)) is not None:
+                sampling[name] = _check_number(name, found)
+            elif name in defaults:
+                sampling[name] = _check_default(name, defaults[name])
         stop = _check_stop(value("stop"))
         if stop and tokenizer is None:
             raise RequestError(_needs_tokenizer("stop strings"))

@@ -165,7 +165,8 @@ def _check_parts(directory: Path, names: list[str]) -> None:
     """Raises SourceError where there are parts of weights, but not the index of them."""
     parts = [name for name in names if _PART.search(name)]
     if parts:
-        index = WEIGHT_FILES[1 if parts[0].endswith(".safetensors") else 3]
+        suffix = Path(parts[0]).suffix
+        index = next(name for name in WEIGHT_FILES if name.endswith(f"{suffix}.index.json"))
         raise SourceError(
             f"{directory} has parts of the weights ({listed(parts)}) without their index, {index}; "
             "download the model again"
